@@ -1,0 +1,95 @@
+"""The one-word name of a training method, such as `u90`, and what it means.
+
+Every config takes it as its argument: `--config configs/cifar10_resnet18.py:channel70`.
+"""
+
+import dataclasses
+import decimal
+import re
+from typing import Literal
+
+from ml_collections import ConfigDict
+
+from swat_jax.errors import UsageError
+
+Distribution = Literal["dense", "uniform", "erk", "momentum"]
+Granularity = Literal["unstructured", "channel", "filter"]
+
+_KINDS: dict[str, tuple[Distribution, Granularity]] = {
+    "u": ("uniform", "unstructured"),
+    "erk": ("erk", "unstructured"),
+    "m": ("momentum", "unstructured"),
+    "channel": ("uniform", "channel"),
+    "filter": ("uniform", "filter"),
+}
+_ALLOWED = (
+    "'dense', or one of u, erk, m, channel, filter followed by the percentage of zeros,"
+    " at least 0 and below 100 (u90, erk95, m97.5, channel70)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A training method.
+
+    Attributes:
+      distribution: how sparsity spreads over layers: "dense" (ordinary training), "uniform"
+        (SWAT-U), "erk" (SWAT-ERK) or "momentum" (SWAT-M).
+      granularity: what is pruned as a unit: "unstructured" (single weights), "channel" (kernel
+        slices, the paper's structured SWAT) or "filter" (output channels).
+      sparsity: fraction of zeros, in [0, 1), for weights and for saved activations. It is the float
+        that prints as the decimal that was asked for, so keep counts come out exact.
+    """
+
+    distribution: Distribution
+    granularity: Granularity
+    sparsity: float
+
+
+def parse(text: str) -> Method:
+    """Reads a method's name.
+
+    Args:
+      text: `dense`, or `u`, `erk`, `m`, `channel`, `filter` followed by a percentage.
+
+    Raises:
+      UsageError: the text is none of these.
+
+    Example:
+      >>> parse("erk97.5")
+      Method(distribution='erk', granularity='unstructured', sparsity=0.975)
+    """
+    if text == "dense":
+        return Method("dense", "unstructured", 0.0)
+    match = re.fullmatch(r"(u|erk|m|channel|filter)([0-9]{1,3}(?:\.[0-9]{1,6})?)", text, re.ASCII)
+    percent = decimal.Decimal(match[2]) if match else None
+    if match is None or percent is None or percent >= 100:
+        raise UsageError(f"method: got {text!r}, allowed: {_ALLOWED}")
+    distribution, granularity = _KINDS[match[1]]
+    return Method(distribution, granularity, float(percent / 100))
+
+
+def apply(config: ConfigDict, text: str) -> ConfigDict:
+    """Fills `config.sparsity` for the method called `text`; other keys stay as they are.
+
+    `weight` and `activation` get the same sparsity. The first conv stays dense for the uniform
+    methods (structured ones too), as in the paper; `erk` and `momentum` decide about it themselves.
+
+    Args:
+      config: a config whose `sparsity` section exists; changed in place.
+      text: see `parse`.
+
+    Returns:
+      `config`, so that a `get_config` can end in this call.
+
+    Raises:
+      UsageError: `text` names no method.
+    """
+    method = parse(text)
+    config.sparsity.method = text
+    config.sparsity.distribution = method.distribution
+    config.sparsity.granularity = method.granularity
+    config.sparsity.weight = method.sparsity
+    config.sparsity.activation = method.sparsity
+    config.sparsity.first_layer_dense = method.distribution in ("dense", "uniform")
+    return config

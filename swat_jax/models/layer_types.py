@@ -1,0 +1,24 @@
+"""Which classes a network is built from: the one seam through which sparse layers enter."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerTypes:
+    """The constructors that a network calls for its conv and linear layers.
+
+    Both are called with the arguments of `nnx.Conv` and `nnx.Linear`; a sparse layer that takes the
+    same ones (and more, bound with `functools.partial`) can stand in their place. Batch norm,
+    pooling and dropout are always stock Flax.
+
+    Attributes:
+      conv: called as `conv(in_features, out_features, kernel_size, strides=..., ..., rngs=...)`.
+      linear: called as `linear(in_features, out_features, ..., rngs=...)`.
+    """
+
+    conv: Callable[..., Any] = nnx.Conv
+    linear: Callable[..., Any] = nnx.Linear

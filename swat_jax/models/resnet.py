@@ -1,0 +1,123 @@
+"""Residual networks, for small images (3x3 stem) and for ImageNet (7x7 stem and max pooling).
+
+Source: He et al., "Deep residual learning for image recognition", 2016; the stride of a bottleneck
+is in its 3x3 conv ("v1.5"). Wide bottlenecks: Zagoruyko and Komodakis, "Wide residual networks", 2016.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from swat_jax.models import pooling
+from swat_jax.models.layer_factory import LayerFactory
+
+
+class BasicBlock(nnx.Module):
+    """Two 3x3 convs around a shortcut; ReLU after the addition."""
+
+    expansion = 1
+
+    def __init__(
+        self, inputs: int, width: int, *, strides: int, make: LayerFactory, widen: int = 1
+    ):
+        if widen != 1:
+            raise ValueError(f"widen: a basic block takes 1 only, got {widen}")
+        self.conv1: Any = make.conv(inputs, width, 3, strides=strides)
+        self.norm1 = make.batch_norm(width)
+        self.conv2: Any = make.conv(width, width, 3)
+        self.norm2 = make.batch_norm(width)
+        self.projects = strides != 1 or inputs != width
+        if self.projects:
+            self.shortcut: Any = make.conv(inputs, width, 1, strides=strides)
+            self.shortcut_norm = make.batch_norm(width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        skip = self.shortcut_norm(self.shortcut(x)) if self.projects else x
+        return nnx.relu(y + skip)
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 (strided), 1x1 convs around a shortcut; ReLU after the addition."""
+
+    expansion = 4
+
+    def __init__(
+        self, inputs: int, width: int, *, strides: int, make: LayerFactory, widen: int = 1
+    ):
+        inner, outputs = width * widen, width * self.expansion
+        self.conv1: Any = make.conv(inputs, inner, 1)
+        self.norm1 = make.batch_norm(inner)
+        self.conv2: Any = make.conv(inner, inner, 3, strides=strides)
+        self.norm2 = make.batch_norm(inner)
+        self.conv3: Any = make.conv(inner, outputs, 1)
+        self.norm3 = make.batch_norm(outputs)
+        self.projects = strides != 1 or inputs != outputs
+        if self.projects:
+            self.shortcut: Any = make.conv(inputs, outputs, 1, strides=strides)
+            self.shortcut_norm = make.batch_norm(outputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nnx.relu(self.norm1(self.conv1(x)))
+        y = nnx.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        skip = self.shortcut_norm(self.shortcut(x)) if self.projects else x
+        return nnx.relu(y + skip)
+
+
+class ResNet(nnx.Module):
+    """Stem, stages of residual blocks (`stage1`, `stage2`, ...), global average, classifier."""
+
+    def __init__(
+        self,
+        block: type[BasicBlock] | type[Bottleneck],
+        stage_sizes: Sequence[int],
+        *,
+        widths: Sequence[int] = (64, 128, 256, 512),
+        widen: int = 1,
+        stem: Literal["3x3", "7x7"] = "3x3",
+        num_classes: int,
+        in_channels: int,
+        make: LayerFactory,
+    ):
+        """Builds the layers.
+
+        Args:
+          block: kind of residual block.
+          stage_sizes: blocks in each stage; every stage but the first halves the resolution.
+          widths: width of each stage (before the block's expansion).
+          widen: factor on the inner width of bottlenecks (2 in WRN-50-2).
+          stem: "3x3" at stride 1 for small images, "7x7" at stride 2 with 3x3 max pooling.
+          num_classes: width of the output.
+          in_channels: channels of the images.
+          make: layer factory.
+        """
+        large = stem == "7x7"
+        inputs = widths[0]
+        self.stem: Any = make.conv(in_channels, inputs, 7 if large else 3, strides=1 + large)
+        self.stem_norm = make.batch_norm(inputs)
+        self.stem_pools = large
+        self.num_stages = len(stage_sizes)
+        for number, (size, width) in enumerate(zip(stage_sizes, widths, strict=True), start=1):
+            blocks = []
+            for index in range(size):
+                strides = 2 if index == 0 and number > 1 else 1
+                blocks.append(block(inputs, width, strides=strides, make=make, widen=widen))
+                inputs = width * block.expansion
+            setattr(self, f"stage{number}", nnx.List(blocks))
+        self.classifier: Any = make.linear(inputs, num_classes)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits (N, num_classes), float32, of images (N, H, W, C)."""
+        pooling.check_image(x, network="ResNet", smallest=1)
+        x = nnx.relu(self.stem_norm(self.stem(x)))
+        if self.stem_pools:
+            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for number in range(1, self.num_stages + 1):
+            for block in getattr(self, f"stage{number}"):
+                x = block(x)
+        return jnp.asarray(self.classifier(pooling.global_average(x)), jnp.float32)
