@@ -20,7 +20,7 @@ BOTTLENECK = 4
 class DenseLayer(nnx.Module):
     """Batch norm, ReLU, 1x1 conv; batch norm, ReLU, 3x3 conv; the result joins the input."""
 
-    def __init__(self, inputs: int, growth: int, make: LayerFactory):
+    def __init__(self, inputs: int, growth: int, make: LayerFactory) -> None:
         self.norm1 = make.batch_norm(inputs)
         self.conv1: Any = make.conv(inputs, BOTTLENECK * growth, 1)
         self.norm2 = make.batch_norm(BOTTLENECK * growth)
@@ -35,7 +35,7 @@ class DenseLayer(nnx.Module):
 class Transition(nnx.Module):
     """Batch norm, ReLU, 1x1 conv to half the channels, 2x2 average pooling."""
 
-    def __init__(self, inputs: int, outputs: int, make: LayerFactory):
+    def __init__(self, inputs: int, outputs: int, make: LayerFactory) -> None:
         self.norm = make.batch_norm(inputs)
         self.conv: Any = make.conv(inputs, outputs, 1)
 
@@ -54,7 +54,7 @@ class DenseNet(nnx.Module):
         num_classes: int,
         in_channels: int,
         make: LayerFactory,
-    ):
+    ) -> None:
         """Builds the layers.
 
         Args:

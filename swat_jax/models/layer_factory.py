@@ -16,7 +16,7 @@ class LayerFactory:
     """Makes the layers of one network.
 
     Parameters are float32; `dtype` is what conv, linear and batch norm compute in (batch statistics
-    are taken in float32 whatever it is). A network states its architecture with it and nothing else:
+    are taken in float32 whatever it is).
 
     Example:
       >>> from flax import nnx
@@ -36,7 +36,7 @@ class LayerFactory:
         conv_init: Initializer | None = None,
         conv_bias: bool = False,
         zero_linear_bias: bool = False,
-    ):
+    ) -> None:
         """Binds what the layers share.
 
         Args:

@@ -1,7 +1,8 @@
 """Residual networks, for small images (3x3 stem) and for ImageNet (7x7 stem and max pooling).
 
-Source: He et al., "Deep residual learning for image recognition", 2016; the stride of a bottleneck
-is in its 3x3 conv ("v1.5"). Wide bottlenecks: Zagoruyko and Komodakis, "Wide residual networks", 2016.
+Source: He et al., "Deep residual learning for image recognition", 2016; the stride of a
+bottleneck is in its 3x3 conv ("v1.5"). Wide bottlenecks: Zagoruyko and Komodakis, "Wide residual
+networks", 2016.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ class BasicBlock(nnx.Module):
 
     def __init__(
         self, inputs: int, width: int, *, strides: int, make: LayerFactory, widen: int = 1
-    ):
+    ) -> None:
         if widen != 1:
             raise ValueError(f"widen: a basic block takes 1 only, got {widen}")
         self.conv1: Any = make.conv(inputs, width, 3, strides=strides)
@@ -48,7 +49,7 @@ class Bottleneck(nnx.Module):
 
     def __init__(
         self, inputs: int, width: int, *, strides: int, make: LayerFactory, widen: int = 1
-    ):
+    ) -> None:
         inner, outputs = width * widen, width * self.expansion
         self.conv1: Any = make.conv(inputs, inner, 1)
         self.norm1 = make.batch_norm(inner)
@@ -83,7 +84,7 @@ class ResNet(nnx.Module):
         num_classes: int,
         in_channels: int,
         make: LayerFactory,
-    ):
+    ) -> None:
         """Builds the layers.
 
         Args:

@@ -22,7 +22,7 @@ HIDDEN = 4096
 class ConvUnit(nnx.Module):
     """3x3 conv, batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, make: LayerFactory):
+    def __init__(self, inputs: int, outputs: int, make: LayerFactory) -> None:
         self.conv: Any = make.conv(inputs, outputs, 3)
         self.norm = make.batch_norm(outputs)
 
@@ -44,7 +44,7 @@ class VGG(nnx.Module):
         in_channels: int,
         dropout_rate: float,
         make: LayerFactory,
-    ):
+    ) -> None:
         """Builds the layers.
 
         Args:

@@ -23,7 +23,7 @@ class WideBlock(nnx.Module):
 
     def __init__(
         self, inputs: int, width: int, *, strides: int, dropout_rate: float, make: LayerFactory
-    ):
+    ) -> None:
         self.norm1 = make.batch_norm(inputs)
         self.conv1: Any = make.conv(inputs, width, 3, strides=strides)
         self.norm2 = make.batch_norm(width)
@@ -41,7 +41,7 @@ class WideBlock(nnx.Module):
 
 
 class WideResNet(nnx.Module):
-    """3x3 stem of 16 channels, three stages of wide blocks, batch norm, ReLU, average, classifier."""
+    """Stem of 16 channels, three stages of wide blocks, batch norm, ReLU, average, classifier."""
 
     def __init__(
         self,
@@ -52,7 +52,7 @@ class WideResNet(nnx.Module):
         in_channels: int,
         dropout_rate: float,
         make: LayerFactory,
-    ):
+    ) -> None:
         """Builds the layers.
 
         Args:

@@ -1,0 +1,181 @@
+"""The training recipes that the files in `configs/` start from, and with them the config schema.
+
+Each function returns a complete `ConfigDict`: every key that the program reads is there. A value of
+None means "choose for me", and a flag may set it: `--config.devices=2`.
+
+Source: Raihan and Aamodt, "Sparse Weight Activation Training" (NeurIPS 2020), section 4 and its
+supplement, read as design decisions of this project where they leave something open.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+# Training images of ImageNet at the paper's batch size: 5,005 steps of 256.
+IMAGENET_STEPS = 5005
+IMAGENET_BATCH = 256
+IMAGENET_REFRESHES_PER_EPOCH = 5
+
+
+def base() -> ConfigDict:
+    """What all recipes share; keys that each of them must set are None here."""
+    config = ConfigDict()
+    config.seed = 0
+    config.dataset = config_dict.required_placeholder(str)
+    config.epochs = config_dict.required_placeholder(int)
+    config.batch_size = config_dict.required_placeholder(int)  # global: summed over all devices
+    config.precision = "bfloat16"  # of conv, linear and batch norm; parameters are float32
+    config.label_smoothing = 0.0
+    config.deterministic = False  # on a GPU: bit-identical reruns at some cost in speed
+    config.sync_batch_norm = False  # batch statistics over all devices instead of per device
+    config.devices = config_dict.placeholder(int)  # None: all local ones
+    config.max_steps = config_dict.placeholder(int)  # stop early, for short trials
+    config.steps_per_dispatch = config_dict.placeholder(int)  # on-device data only; None: chosen
+
+    config.model = ConfigDict()
+    config.model.name = config_dict.required_placeholder(str)
+    config.model.dropout_rate = config_dict.placeholder(float)  # None: the network's own
+
+    config.data = ConfigDict()
+    config.data.source = config_dict.required_placeholder(str)
+    config.data.name = config_dict.placeholder(str)
+    config.data.data_dir = config_dict.placeholder(str)
+    config.data.image_size = config_dict.required_placeholder(int)
+    config.data.augmentation = "none"
+    config.data.mean = ()  # per channel, of pixel/255
+    config.data.std = ()
+    config.data.on_device = True
+    config.data.workers = 0
+    config.data.holdout = 0.0  # fraction of the training set kept out, to choose a checkpoint by
+
+    config.sparsity = ConfigDict()
+    config.sparsity.method = "dense"
+    config.sparsity.distribution = "dense"
+    config.sparsity.granularity = "unstructured"
+    config.sparsity.weight = 0.0  # fractions of zeros
+    config.sparsity.activation = 0.0
+    config.sparsity.first_layer_dense = True
+    config.sparsity.threshold_every_steps = 1  # 1: exact thresholds at every step
+    config.sparsity.exact_epochs = 0
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = False
+    config.optimizer.weight_decay = 5e-4
+    config.optimizer.decay_batch_norm = True
+    config.optimizer.schedule = ConfigDict()
+    config.optimizer.schedule.name = "constant"
+    config.optimizer.schedule.milestones = ()  # in epochs
+    config.optimizer.schedule.factor = 0.1
+    config.optimizer.schedule.warmup_epochs = 0
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_epochs = 1
+    config.checkpoint.every_steps = 0  # 0: at epochs only
+    config.checkpoint.keep = 1
+    config.checkpoint.select = "last"
+
+    config.eval = ConfigDict()
+    config.eval.every_epochs = 1
+    config.eval.batch_size = 500
+
+    config.log = ConfigDict()
+    config.log.every_steps = 50
+    return config
+
+
+def step_schedule(config: ConfigDict, milestones: Sequence[int], factor: float) -> None:
+    """Sets a learning rate that is multiplied by `factor` at each of `milestones` (epochs)."""
+    config.optimizer.schedule.name = "step"
+    config.optimizer.schedule.milestones = tuple(milestones)
+    config.optimizer.schedule.factor = factor
+
+
+def _fill(section: ConfigDict, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        section[key] = value
+
+
+def digits() -> ConfigDict:
+    """8x8 grey digits (1,437 for training, 360 for the test), in float32: small enough for a CPU."""
+    config = base()
+    config.dataset = "digits"
+    config.batch_size = 64
+    config.precision = "float32"
+    _fill(
+        config.data,
+        {
+            "source": "digits",
+            "image_size": 8,
+            "augmentation": "shift",
+            "mean": (0.305,),
+            "std": (0.376,),
+        },
+    )
+    config.eval.batch_size = 360
+    config.log.every_steps = 22
+    return config
+
+
+def cifar(dataset: str) -> ConfigDict:
+    """CIFAR-10 or CIFAR-100: batch 128, lr 0.1, weight decay 5e-4 on everything, crop and flip.
+
+    Args:
+      dataset: "cifar10" or "cifar100"; also its TFDS name.
+    """
+    config = base()
+    config.dataset = dataset
+    config.batch_size = 128
+    _fill(
+        config.data,
+        {
+            "source": "tfds",
+            "name": dataset,
+            "image_size": 32,
+            "augmentation": "crop_flip",
+            "mean": (0.4914, 0.4822, 0.4465),
+            "std": (0.2023, 0.1994, 0.2010),
+        },
+    )
+    return config
+
+
+def imagenet() -> ConfigDict:
+    """ImageNet: 90 epochs of batch 256, label smoothing, Nesterov, five threshold refreshes an epoch.
+
+    Learning rate (0.1 per 256 images) and threshold period follow `config.batch_size`, also when a
+    flag changes it.
+    """
+    config = base()
+    config.dataset = "imagenet"
+    config.epochs = 90
+    config.batch_size = IMAGENET_BATCH
+    config.label_smoothing = 0.1
+    _fill(
+        config.data,
+        {
+            "source": "tfds",
+            "name": "imagenet2012",
+            "image_size": 224,
+            "augmentation": "random_resized_crop",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "on_device": False,
+            "workers": 16,
+        },
+    )
+    batch = config.get_ref("batch_size")
+    config.optimizer.learning_rate = 0.1 * batch.to_float() / IMAGENET_BATCH
+    config.optimizer.nesterov = True
+    config.optimizer.weight_decay = 1e-4
+    config.optimizer.decay_batch_norm = False
+    config.optimizer.schedule.warmup_epochs = 5
+    step_schedule(config, milestones=(30, 60, 80), factor=0.1)
+    config.sparsity.threshold_every_steps = (IMAGENET_STEPS * IMAGENET_BATCH) // (
+        IMAGENET_REFRESHES_PER_EPOCH * batch
+    )
+    config.eval.batch_size = 256
+    config.log.every_steps = 100
+    return config
