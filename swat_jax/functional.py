@@ -1,0 +1,363 @@
+"""SWAT convolution and linear product: the only place with gradient rules.
+
+For weights ``W``, input ``x`` and output gradient ``dY``, with masks by top-K magnitude:
+
+* forward: ``Y = conv(x, W * mask(W))``; the input is dense;
+* kept for the backward pass: ``x * mask(x)`` and ``W * mask(W)``, nothing dense;
+* input gradient: ``conv_transpose(dY, W * mask(W))``;
+* weight gradient: ``corr(x * mask(x), dY)``, dense: masked weights get gradients too, so that
+  they can come back.
+
+A bias is added outside, so its gradient is dense.
+
+Source: SWAT (Raihan & Aamodt, NeurIPS 2020), section 3 and algorithm 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from swat_jax import kernels
+from swat_jax.errors import UsageError
+from swat_jax.sparsity import granularity as granularities
+from swat_jax.sparsity import top_k
+from swat_jax.sparsity.packing import Packed
+from swat_jax.sparsity.top_k import Count
+from swat_jax.sparsity.varying import varying_like
+
+Padding = str | Sequence[tuple[int, int]]
+Precision = Any  # what `jax.lax` takes; it has no public name for it
+
+
+def swat_conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    weight_sparsity: float | None = None,
+    activation_sparsity: float | None = None,
+    weight_keep: Count | None = None,
+    activation_keep: Count | None = None,
+    strides: int | Sequence[int] = 1,
+    padding: Padding = "SAME",
+    input_dilation: int | Sequence[int] = 1,
+    kernel_dilation: int | Sequence[int] = 1,
+    feature_group_count: int = 1,
+    granularity: str = "unstructured",
+    weight_threshold: jax.Array | float | None = None,
+    activation_threshold: jax.Array | float | None = None,
+    packed: Packed | None = None,
+    precision: Precision = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Convolution with sparse weights, whose backward pass has sparse weights and activations.
+
+    How many values are kept is given as a sparsity, as a count (possibly traced), or, for a
+    threshold that is reused, as the threshold. A given threshold is used as it is; without one
+    the exact threshold is computed now.
+
+    Args:
+      x: (N, *spatial, in) floats, one to three spatial axes (NHWC for two).
+      kernel: (*window, in / groups, out) floats (HWIO for two spatial axes). May be of a wider
+        type than ``x``: the mask is taken from it as it is, the product is computed in the type
+        of ``x``, and its gradient has the type of ``kernel``.
+      weight_sparsity: fraction of the weights that is zero, in ``[0, 1)``.
+      activation_sparsity: fraction of ``x`` that is zero in the weight gradient, in ``[0, 1)``.
+      weight_keep: in place of the sparsity: how many units (see ``granularity``) are kept.
+      activation_keep: in place of the sparsity: how many values of ``x`` are kept.
+      strides: of the window, one number or one per spatial axis.
+      padding: as `jax.lax.conv_general_dilated` takes it.
+      input_dilation: as ``lhs_dilation`` there.
+      kernel_dilation: as ``rhs_dilation`` there.
+      feature_group_count: as there.
+      granularity: what the weight mask selects, see `swat_jax.sparsity.granularity`.
+      weight_threshold: smallest score that is kept.
+      activation_threshold: smallest magnitude that is kept.
+      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it.
+      precision: as in `jax.lax.conv_general_dilated`.
+      preferred_element_type: as there.
+
+    Returns:
+      (N, *spatial, out) of the type of ``x``, or of ``preferred_element_type``.
+
+    Raises:
+      UsageError: if shapes do not fit, a sparsity or count is out of range, or one is missing.
+
+    Example:
+      >>> x, kernel = jnp.ones((1, 8, 8, 3)), jnp.ones((3, 3, 3, 16))
+      >>> swat_conv(x, kernel, weight_sparsity=0.9, activation_sparsity=0.9).shape
+      (1, 8, 8, 16)
+    """
+    spatial = x.ndim - 2
+    if not 1 <= spatial <= 3 or kernel.ndim != x.ndim:
+        raise UsageError(
+            "x and kernel must both have rank 3, 4 or 5: (N, *spatial, in) and "
+            f"(*window, in, out); got shapes {x.shape} and {kernel.shape}"
+        )
+    groups = feature_group_count
+    if groups < 1 or x.shape[-1] != kernel.shape[-2] * groups or kernel.shape[-1] % groups:
+        raise UsageError(
+            f"kernel {kernel.shape} does not fit x {x.shape} with feature_group_count {groups}: "
+            "needs kernel.shape[-2] * groups == x.shape[-1] and whole groups of outputs"
+        )
+    conv = _Convolution(
+        strides=_per_axis(strides, spatial, "strides"),
+        padding=padding if isinstance(padding, str) else tuple((a, b) for a, b in padding),
+        input_dilation=_per_axis(input_dilation, spatial, "input_dilation"),
+        kernel_dilation=_per_axis(kernel_dilation, spatial, "kernel_dilation"),
+        feature_group_count=groups,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    units = granularities.units(kernel.shape, granularity)
+    weights = _selection("weight", weight_sparsity, weight_keep, weight_threshold, units)
+    activations = _activation_selection(
+        x, packed, activation_sparsity, activation_keep, activation_threshold
+    )
+    return _swat_product(conv, granularity, x, kernel, packed, weights, activations)
+
+
+def swat_linear(
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    weight_sparsity: float | None = None,
+    activation_sparsity: float | None = None,
+    weight_keep: Count | None = None,
+    activation_keep: Count | None = None,
+    weight_threshold: jax.Array | float | None = None,
+    activation_threshold: jax.Array | float | None = None,
+    packed: Packed | None = None,
+    precision: Precision = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Matrix product with sparse weights; see `swat_conv` for the rules and the arguments.
+
+    Args:
+      x: (..., in) floats.
+      kernel: (in, out) floats; masks are unstructured.
+
+    Returns:
+      (..., out).
+
+    Raises:
+      UsageError: if shapes do not fit, a sparsity or count is out of range, or one is missing.
+
+    Example:
+      >>> swat_linear(jnp.ones((4, 8)), jnp.ones((8, 2)), weight_sparsity=0.5,
+      ...             activation_sparsity=0.5).shape
+      (4, 2)
+    """
+    if kernel.ndim != 2 or x.ndim < 1 or x.shape[-1] != kernel.shape[0]:
+        raise UsageError(
+            "x must be (..., in) and kernel (in, out) with the same in; "
+            f"got shapes {x.shape} and {kernel.shape}"
+        )
+    product = _MatrixProduct(precision, preferred_element_type)
+    weights = _selection("weight", weight_sparsity, weight_keep, weight_threshold, kernel.size)
+    activations = _activation_selection(
+        x, packed, activation_sparsity, activation_keep, activation_threshold
+    )
+    return _swat_product(product, "unstructured", x, kernel, packed, weights, activations)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Convolution:
+    """A convolution, linear in input and kernel, and hashable."""
+
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    feature_group_count: int
+    precision: Precision
+    preferred_element_type: Any
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        last = x.ndim - 1
+        image = (0, last, *range(1, last))
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            self.strides,
+            self.padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.kernel_dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(
+                image, (last, last - 1, *range(last - 1)), image
+            ),
+            feature_group_count=self.feature_group_count,
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _MatrixProduct:
+    """``x @ kernel`` over the last axis of ``x``, linear in both, and hashable."""
+
+    precision: Precision
+    preferred_element_type: Any
+
+    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            x,
+            kernel,
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=self.preferred_element_type,
+        )
+
+
+class _Selection(NamedTuple):
+    """What to keep of a tensor: everything (both None), a number of values, or by threshold."""
+
+    keep: jax.Array | None
+    threshold: jax.Array | None
+
+
+def _selection(
+    name: str,
+    sparsity: float | None,
+    keep: Count | None,
+    threshold: jax.Array | float | None,
+    size: int,
+) -> _Selection:
+    """Checks what was asked for and brings it into one form."""
+    if sparsity is not None and keep is not None:
+        raise UsageError(f"give {name}_sparsity or {name}_keep, not both: {sparsity}, {keep}")
+    if sparsity is not None:
+        keep = top_k.keep_count(sparsity, size, argument=f"{name}_sparsity")
+    elif isinstance(keep, int) and not 1 <= keep <= size:
+        raise UsageError(f"{name}_keep must be in [1, {size}], got {keep}")
+    if threshold is not None:
+        return _Selection(None, jnp.asarray(threshold))
+    if keep is None:
+        raise UsageError(f"give {name}_sparsity, {name}_keep or {name}_threshold")
+    if isinstance(keep, int):
+        if keep == size:
+            return _Selection(None, None)
+        keep = jnp.uint32(keep) if size < 2**31 else jnp.asarray(top_k.split_count(keep))
+    return _Selection(keep, None)
+
+
+def _activation_selection(
+    x: jax.Array,
+    packed: Packed | None,
+    sparsity: float | None,
+    keep: Count | None,
+    threshold: jax.Array | float | None,
+) -> _Selection:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UsageError(f"x must be an array of floats, got {x.dtype}")
+    if packed is None:
+        return _selection("activation", sparsity, keep, threshold, x.size)
+    if packed.shape != x.shape or packed.dtype != x.dtype:
+        raise UsageError(
+            f"packed must hold x, {x.dtype}{list(x.shape)}; "
+            f"it holds {packed.dtype}{list(packed.shape)}"
+        )
+    return _Selection(None, None)
+
+
+def _swat_product(
+    product: _Convolution | _MatrixProduct,
+    granularity: str,
+    x: jax.Array,
+    kernel: jax.Array,
+    packed: Packed | None,
+    weights: _Selection,
+    activations: _Selection,
+) -> jax.Array:
+    # In `shard_map` every operand must vary as the others do; the cast's transpose sums a
+    # replicated kernel's gradient over the devices.
+    everything = (x, kernel, packed, weights, activations)
+    x, kernel, packed, weights, activations = jax.tree.map(
+        lambda leaf: varying_like(leaf, everything), everything
+    )
+    rule = _Rule(product, granularity, kernel.dtype)
+    return _product(rule, x, kernel, packed, weights, activations)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    product: _Convolution | _MatrixProduct
+    granularity: str
+    kernel_dtype: Any
+
+    def masked_weights(self, kernel: jax.Array, keep: _Selection, dtype: Any) -> jax.Array:
+        if keep == (None, None):
+            return kernel.astype(dtype)
+        limit = keep.threshold
+        if limit is None:
+            assert keep.keep is not None
+            limit = kernels.threshold(granularities.score(kernel, self.granularity), keep.keep)
+        return granularities.masked_weights(kernel, self.granularity, limit).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(
+    rule: _Rule,
+    x: jax.Array,
+    kernel: jax.Array,
+    packed: Packed | None,
+    weights: _Selection,
+    activations: _Selection,
+) -> jax.Array:
+    del packed, activations  # only the backward pass needs them
+    return rule.product(x, rule.masked_weights(kernel, weights, x.dtype))
+
+
+class _Residuals(NamedTuple):
+    x: jax.Array | Packed  # zero off the mask
+    kernel: jax.Array  # zero off the mask, in the type of x
+
+
+def _product_forward(
+    rule: _Rule,
+    x: jax.Array,
+    kernel: jax.Array,
+    packed: Packed | None,
+    weights: _Selection,
+    activations: _Selection,
+) -> tuple[jax.Array, _Residuals]:
+    masked = rule.masked_weights(kernel, weights, x.dtype)
+    kept = x if packed is None else packed
+    if activations != (None, None):
+        limit = activations.threshold
+        if limit is None:
+            assert activations.keep is not None
+            limit = kernels.threshold(x, activations.keep)
+        kept = kernels.sparsify(x, limit)
+    return rule.product(x, masked), _Residuals(kept, masked)
+
+
+def _product_backward(
+    rule: _Rule, residuals: _Residuals, dy: jax.Array
+) -> tuple[jax.Array, jax.Array, None, None, None]:
+    # The barrier keeps XLA from making the sparse residual early and keeping a dense copy.
+    residuals, dy = lax.optimization_barrier((residuals, dy))
+    kernel = residuals.kernel
+    x = kernels.unpack(residuals.x) if isinstance(residuals.x, Packed) else residuals.x
+    (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), x)(dy)
+    (dw,) = jax.linear_transpose(lambda value: rule.product(x, value), kernel)(dy)
+    return dx, dw.astype(rule.kernel_dtype), None, None, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _per_axis(value: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:
+    axes = (value,) * count if isinstance(value, int) else tuple(value)
+    if len(axes) != count or any(v < 1 for v in axes):
+        raise UsageError(
+            f"{name} must be one whole number >= 1 or {count} of them (one per spatial axis), "
+            f"got {value}"
+        )
+    return axes

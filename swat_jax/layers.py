@@ -1,0 +1,335 @@
+"""SWAT layers for Flax NNX: stock layers whose one product is replaced by a SWAT product.
+
+`SwatConv` and `SwatLinear` take the arguments of `flax.nnx.Conv` and `flax.nnx.Linear`, have
+their parameters and initialisers, and at sparsity 0 equal them bit for bit.
+
+In training mode (``model.train()``) masks follow the thresholds; in evaluation mode
+(``model.eval()``) weights have exact masks, activations are dense and no state changes.
+
+With ``threshold_every_steps > 1`` thresholds are state of the layer (`WeightThreshold`,
+`ActivationThreshold`), and so is the age that decides on the next refresh (`ThresholdAge`); linear
+layers and masks of whole channels or filters are cheap and their weights always exact. A layer
+whose number of weights is not fixed (SWAT-M) holds it as a `WeightBudget`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+
+from swat_jax import kernels
+from swat_jax.errors import UsageError
+from swat_jax.functional import swat_conv, swat_linear
+from swat_jax.sparsity import granularity as granularities
+from swat_jax.sparsity import thresholds, top_k
+from swat_jax.sparsity.top_k import Count
+
+
+class Threshold(nnx.Variable):
+    """Smallest magnitude that is kept: a scalar that is reused between refresh steps."""
+
+
+class WeightThreshold(Threshold):
+    """Threshold of a layer's weights; the same on every device."""
+
+
+class ActivationThreshold(Threshold):
+    """Threshold of a layer's input; each device has its own, from its part of the batch."""
+
+
+class ThresholdAge(nnx.Variable):
+    """int32: training steps since thresholds were recomputed; 0 means "recompute now"."""
+
+
+class WeightBudget(nnx.Variable):
+    """int32: how many weights the layer keeps (SWAT-M); used from the next refresh on."""
+
+
+class MeasuredSparsity(nnx.Variable):
+    """float32[2]: zeros in the weights and in the saved input, measured in the last call."""
+
+
+class _SwatLayer(nnx.Module):
+    """What both layers share: how many values are kept, and which thresholds are in use."""
+
+    kernel: nnx.Param[jax.Array]
+
+    # Whether thresholds are recomputed at every step whatever the period.
+    _always_exact: ClassVar[bool] = False
+
+    def _start(
+        self,
+        granularity: str,
+        weight_sparsity: float,
+        activation_sparsity: float | None,
+        threshold_every_steps: int,
+    ) -> None:
+        self.granularity = granularities.check(granularity)
+        self.deterministic = False
+        self.measure = False
+        self.set_sparsity(
+            weight_sparsity=weight_sparsity,
+            activation_sparsity=(
+                weight_sparsity if activation_sparsity is None else activation_sparsity
+            ),
+            threshold_every_steps=threshold_every_steps,
+        )
+
+    def set_sparsity(
+        self,
+        *,
+        weight_sparsity: float,
+        activation_sparsity: float,
+        threshold_every_steps: int = 1,
+        dynamic_budget: bool = False,
+    ) -> None:
+        """Sets how sparse the layer is, and makes or drops the state that this needs.
+
+        Args:
+          weight_sparsity: fraction of zeros in the weights, in ``[0, 1)``.
+          activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``. With a dynamic
+            budget it follows the weights' instead.
+          threshold_every_steps: steps between recomputed thresholds; 1 is exact.
+          dynamic_budget: whether the number of kept weights is state that may change.
+
+        Raises:
+          UsageError: if one of them is out of range.
+        """
+        keep = top_k.keep_count(weight_sparsity, self._units, argument="weight_sparsity")
+        top_k.check_sparsity(activation_sparsity, "activation_sparsity")
+        period = thresholds.check_period(threshold_every_steps)
+        self.weight_sparsity, self.activation_sparsity = weight_sparsity, activation_sparsity
+        self.threshold_every_steps = period
+        reused = period > 1 and not self._always_exact
+        # Masks of whole channels or filters are cheap: few units, and exact at every step.
+        reused_weights = reused and self.granularity == "unstructured"
+        # Wide enough to hold a threshold of any type that the input may have.
+        dtype = jnp.promote_types(self.kernel[...].dtype, jnp.float32)
+        zero = jnp.zeros((), dtype)
+        budget = WeightBudget(jnp.asarray(keep, jnp.int32)) if dynamic_budget else None
+        sparse_weights = dynamic_budget or weight_sparsity > 0
+        weights = WeightThreshold(zero) if reused_weights and sparse_weights else None
+        sparse_activations = dynamic_budget or activation_sparsity > 0
+        activations = ActivationThreshold(zero) if reused and sparse_activations else None
+        stateful = weights is not None or activations is not None
+        self.weight_budget = nnx.data(budget)
+        self.weight_threshold = nnx.data(weights)
+        self.activation_threshold = nnx.data(activations)
+        self.threshold_age = nnx.data(ThresholdAge(jnp.zeros((), jnp.int32)) if stateful else None)
+        self.measured_sparsity = nnx.data(None)
+
+    @property
+    def _units(self) -> int:
+        return granularities.units(self.kernel[...].shape, self.granularity)
+
+    def weight_keep(self) -> Count:
+        """How many units of the weights (see `granularity.units`) are kept."""
+        if self.weight_budget is not None:
+            return self.weight_budget[...]
+        return top_k.keep_count(self.weight_sparsity, self._units)
+
+    def activation_keep(self, size: int) -> Count:
+        """How many of ``size`` input values are kept for the backward pass."""
+        if self.weight_budget is not None:
+            return top_k.scale_count(self.weight_budget[...], self._units, size)
+        return top_k.keep_count(self.activation_sparsity, size)
+
+    def _selection(self, x: jax.Array, kernel: jax.Array) -> dict[str, Any]:
+        """The arguments that say to `functional` what is kept, after a refresh if one is due."""
+        weight_keep = self.weight_keep()
+        if self.deterministic:
+            return {"weight_keep": weight_keep, "activation_sparsity": 0.0}
+        activation_keep = self.activation_keep(x.size)
+        selection: dict[str, Any] = {}
+
+        def weight_threshold() -> jax.Array:
+            return kernels.threshold(granularities.score(kernel, self.granularity), weight_keep)
+
+        def activation_threshold() -> jax.Array:
+            return kernels.threshold(x, activation_keep)
+
+        if self.weight_threshold is None:
+            selection["weight_keep"] = weight_keep
+        else:
+            selection["weight_threshold"] = self._refresh(self.weight_threshold, weight_threshold)
+        if self.activation_threshold is None:
+            selection["activation_keep"] = activation_keep
+        else:
+            selection["activation_threshold"] = self._refresh(
+                self.activation_threshold, activation_threshold
+            )
+        if self.threshold_age is not None:
+            self.threshold_age[...] = (self.threshold_age[...] + 1) % self.threshold_every_steps
+        if self.measure:
+            weight_limit = selection.get("weight_threshold", weight_threshold())
+            masked = granularities.masked_weights(kernel, self.granularity, weight_limit)
+            kept = top_k.mask(x, selection.get("activation_threshold", activation_threshold()))
+            zeros = jnp.stack([jnp.mean(masked == 0), 1 - jnp.mean(kept)])
+            self.measured_sparsity = nnx.data(MeasuredSparsity(zeros))
+        return selection
+
+    def _refresh(self, stored: Threshold, compute: Callable[[], jax.Array]) -> jax.Array:
+        assert self.threshold_age is not None
+        stored[...] = thresholds.refresh(self.threshold_age[...] == 0, stored[...], compute)
+        return stored[...]
+
+
+class SwatConv(nnx.Conv, _SwatLayer):
+    """Convolution whose weights are sparse in both passes, its saved input in the backward one.
+
+    Takes all arguments of `flax.nnx.Conv` but ``conv_general_dilated``, and these:
+
+    Args:
+      weight_sparsity: fraction of zeros in the weights, in ``[0, 1)``.
+      activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``; None: the weights'.
+      granularity: ``unstructured``, ``channel`` or ``filter``.
+      threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
+
+    Raises:
+      UsageError: if one of them is out of range.
+
+    Example:
+      >>> layer = SwatConv(3, 16, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 8, 8, 3))).shape
+      (1, 8, 8, 16)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: int | Sequence[int] | None = 1,
+        *,
+        weight_sparsity: float = 0.0,
+        activation_sparsity: float | None = None,
+        granularity: str = "unstructured",
+        threshold_every_steps: int = 1,
+        **kwargs: Any,
+    ):
+        # An own function that promotes types is obeyed; the stock one would round the kernel
+        # before its mask is taken.
+        kwargs.setdefault("promote_dtype", keep_kernel_dtype)
+        refuse_own_product(kwargs, "conv_general_dilated")
+        super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
+        # What is left is the method below, which the stock layer then calls.
+        del self.conv_general_dilated
+        self._start(granularity, weight_sparsity, activation_sparsity, threshold_every_steps)
+
+    def conv_general_dilated(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        window_strides: Sequence[int],
+        padding: Any,
+        *,
+        lhs_dilation: Sequence[int],
+        rhs_dilation: Sequence[int],
+        dimension_numbers: Any,
+        feature_group_count: int,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """The product that `flax.nnx.Conv` calls; always channels last."""
+        del dimension_numbers
+        refuse_out_sharding(out_sharding)
+        return swat_conv(
+            lhs,
+            rhs,
+            strides=window_strides,
+            padding=padding,
+            input_dilation=lhs_dilation,
+            kernel_dilation=rhs_dilation,
+            feature_group_count=feature_group_count,
+            granularity=self.granularity,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            **self._selection(lhs, rhs),
+        )
+
+
+class SwatLinear(nnx.Linear, _SwatLayer):
+    """Linear layer with sparse weights in both passes, and a sparse input in the backward one.
+
+    Takes all arguments of `flax.nnx.Linear` but ``dot_general``, and those of `SwatConv`.
+    Masks are unstructured, and thresholds exact at every step whatever the period.
+
+    Example:
+      >>> layer = SwatLinear(64, 10, weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((8, 64))).shape
+      (8, 10)
+    """
+
+    _always_exact = True
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        weight_sparsity: float = 0.0,
+        activation_sparsity: float | None = None,
+        threshold_every_steps: int = 1,
+        **kwargs: Any,
+    ):
+        kwargs.setdefault("promote_dtype", keep_kernel_dtype)
+        refuse_own_product(kwargs, "dot_general")
+        super().__init__(in_features, out_features, **kwargs)
+        del self.dot_general
+        self._start("unstructured", weight_sparsity, activation_sparsity, threshold_every_steps)
+
+    def dot_general(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+        lhs: jax.Array,
+        rhs: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: Any = None,
+        out_sharding: Any = None,
+    ) -> jax.Array:
+        """The product that `flax.nnx.Linear` calls; always over the last axis of the input."""
+        del dimension_numbers
+        refuse_out_sharding(out_sharding)
+        return swat_linear(
+            lhs,
+            rhs,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            **self._selection(lhs, rhs),
+        )
+
+
+def keep_kernel_dtype(
+    args: tuple[jax.Array, jax.Array, jax.Array | None], /, *, dtype: Any = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Stock type promotion of (inputs, kernel, bias), but for the kernel.
+
+    The mask is taken from the master weights; `functional` rounds what is left.
+    """
+    inputs, kernel, bias = args
+    common = dtypes.canonicalize_dtype(*args, dtype=dtype)
+    return (
+        jnp.asarray(inputs, common),
+        kernel,
+        None if bias is None else jnp.asarray(bias, common),
+    )
+
+
+def refuse_own_product(kwargs: Mapping[str, Any], name: str) -> None:
+    """Raises a `UsageError` if a layer's product, which is SWAT's, is given."""
+    if kwargs.get(name) is not None:
+        raise UsageError(f"{name} cannot be given: it is what a SWAT layer replaces")
+
+
+def refuse_out_sharding(out_sharding: Any) -> None:
+    """Raises a `UsageError` for a sharding that the product cannot give."""
+    if out_sharding is not None:
+        raise UsageError(
+            f"out_sharding must be None for SWAT layers, got {out_sharding}: use jax.shard_map"
+        )

@@ -1,0 +1,207 @@
+"""SWAT layers for Flax Linen: `SwatConv` and `SwatDense`, twins of those in `swat_jax.layers`.
+
+They take the fields of `flax.linen.Conv` and `flax.linen.Dense` plus the sparse ones, and have
+the same parameters. With ``threshold_every_steps > 1`` the thresholds are variables of the
+collection ``thresholds``, which a training step must declare mutable::
+
+    y, updates = model.apply(variables, x, mutable=["thresholds"])
+
+As in `flax.linen.Dropout`, ``deterministic`` (a field, or an argument of the call) chooses between
+training (False, the default) and evaluation, where activations are dense, masks exact, and no
+variable changes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import canonicalize_dtype
+
+from swat_jax import kernels
+from swat_jax.errors import UsageError
+from swat_jax.functional import swat_conv, swat_linear
+from swat_jax.sparsity import granularity as granularities
+from swat_jax.sparsity import thresholds, top_k
+
+
+class SwatConv(nn.Conv):
+    """Convolution with sparse weights in both passes, and a sparse saved input.
+
+    Takes all fields of `flax.linen.Conv` but ``conv_general_dilated``, and these:
+
+    Attributes:
+      weight_sparsity: fraction of zeros in the weights, in ``[0, 1)``.
+      activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``; None: the weights'.
+      granularity: ``unstructured``, ``channel`` or ``filter``.
+      threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
+      deterministic: True for evaluation.
+
+    Example:
+      >>> layer = SwatConv(16, (3, 3), weight_sparsity=0.9)
+      >>> x = jnp.ones((1, 8, 8, 3))
+      >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+      (1, 8, 8, 16)
+    """
+
+    weight_sparsity: float = 0.0
+    activation_sparsity: float | None = None
+    granularity: str = "unstructured"
+    threshold_every_steps: int = 1
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        """Applies the convolution; see `flax.linen.Conv`."""
+        _refuse(self, "conv_general_dilated", "conv_general_dilated_cls")
+        select = functools.partial(
+            _selection, self, granularity=self.granularity, deterministic=deterministic
+        )
+
+        def product(
+            lhs: jax.Array,
+            rhs: jax.Array,
+            window_strides: Any,
+            padding: Any,
+            *,
+            lhs_dilation: Any,
+            rhs_dilation: Any,
+            dimension_numbers: Any,
+            feature_group_count: int,
+            precision: Any,
+            **rest: Any,
+        ) -> jax.Array:
+            del dimension_numbers  # always channels last
+            return swat_conv(
+                lhs,
+                rhs,
+                strides=window_strides,
+                padding=padding,
+                input_dilation=lhs_dilation,
+                kernel_dilation=rhs_dilation,
+                feature_group_count=feature_group_count,
+                granularity=self.granularity,
+                precision=precision,
+                **rest,
+                **select(lhs, rhs),
+            )
+
+        stock = nn.Conv(**_stock_fields(self, nn.Conv, conv_general_dilated=product))
+        nn.share_scope(self, stock)
+        return stock(inputs)
+
+
+class SwatDense(nn.Dense):
+    """Linear layer with sparse weights in both passes, and a sparse saved input.
+
+    Takes all fields of `flax.linen.Dense` but ``dot_general``, and those of `SwatConv` but
+    ``granularity`` and ``threshold_every_steps``: masks are unstructured, thresholds exact.
+
+    Example:
+      >>> layer = SwatDense(10, weight_sparsity=0.9)
+      >>> x = jnp.ones((8, 64))
+      >>> layer.apply(layer.init(jax.random.key(0), x), x).shape
+      (8, 10)
+    """
+
+    weight_sparsity: float = 0.0
+    activation_sparsity: float | None = None
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
+        """Applies the linear map; see `flax.linen.Dense`."""
+        _refuse(self, "dot_general", "dot_general_cls")
+        select = functools.partial(_selection, self, deterministic=deterministic)
+
+        def product(
+            lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any, **rest: Any
+        ) -> jax.Array:
+            del dimension_numbers  # always over the last axis of the input
+            return swat_linear(lhs, rhs, precision=precision, **rest, **select(lhs, rhs))
+
+        stock = nn.Dense(**_stock_fields(self, nn.Dense, dot_general=product))
+        nn.share_scope(self, stock)
+        return stock(inputs)
+
+
+def _selection(
+    layer: SwatConv | SwatDense,
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    granularity: str = "unstructured",
+    deterministic: bool | None = None,
+) -> dict[str, Any]:
+    """The arguments that say to `functional` what is kept, after a refresh if one is due."""
+    # A call may leave the choice to the field, which is never unset.
+    if layer.deterministic if deterministic is None else deterministic:
+        return {"weight_sparsity": layer.weight_sparsity, "activation_sparsity": 0.0}
+    activation_sparsity = layer.activation_sparsity
+    if activation_sparsity is None:
+        activation_sparsity = layer.weight_sparsity
+    sparsities = {
+        "weight_sparsity": layer.weight_sparsity,
+        "activation_sparsity": activation_sparsity,
+    }
+    period = thresholds.check_period(getattr(layer, "threshold_every_steps", 1))
+    if period == 1:
+        return sparsities
+    units = granularities.units(kernel.shape, granularity)
+    weight_keep = top_k.keep_count(layer.weight_sparsity, units, argument="weight_sparsity")
+    activation_keep = top_k.keep_count(activation_sparsity, x.size, argument="activation_sparsity")
+    age = layer.variable("thresholds", "age", jnp.zeros, (), jnp.int32)
+    due = age.value == 0
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+
+    def reuse(name: str, compute: Callable[[], jax.Array]) -> jax.Array:
+        stored = layer.variable("thresholds", name, jnp.zeros, (), dtype)
+        limit = thresholds.refresh(due, stored.value, compute)
+        if not layer.is_initializing():
+            stored.value = limit
+        return limit
+
+    # Masks of whole channels or filters are cheap: exact at every step.
+    if layer.weight_sparsity > 0 and granularity == "unstructured":
+        sparsities["weight_threshold"] = reuse(
+            "weight", lambda: kernels.threshold(kernel, weight_keep)
+        )
+    if activation_sparsity > 0:
+        sparsities["activation_threshold"] = reuse(
+            "activation", lambda: kernels.threshold(x, activation_keep)
+        )
+    if not layer.is_initializing():
+        age.value = (age.value + 1) % period
+    return sparsities
+
+
+def _stock_fields(layer: nn.Module, stock: type[nn.Module], **own: Any) -> dict[str, Any]:
+    """The fields of ``layer`` that ``stock`` has too, with ``own`` in their place where given."""
+    names = {field.name for field in dataclasses.fields(stock) if field.init}
+    fields = {name: getattr(layer, name) for name in names - {"parent", "name"}}
+    if fields["promote_dtype"] is nn.dtypes.promote_dtype:
+        fields["promote_dtype"] = _keep_kernel_dtype
+    return fields | own
+
+
+def _keep_kernel_dtype(
+    inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, dtype: Any = None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Stock type promotion but for the kernel: the mask is taken from the master weights."""
+    common = canonicalize_dtype(inputs, kernel, bias, dtype=dtype)
+    return (
+        jnp.asarray(inputs, common),
+        kernel,
+        None if bias is None else jnp.asarray(bias, common),
+    )
+
+
+def _refuse(layer: nn.Module, *names: str) -> None:
+    for name in names:
+        if getattr(layer, name) is not None:
+            raise UsageError(f"{name} cannot be given: it is what a SWAT layer replaces")

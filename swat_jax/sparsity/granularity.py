@@ -1,0 +1,102 @@
+"""What a weight mask selects: single weights, kernel slices of channel pairs, whole filters.
+
+A granularity is a *score* over the units that are kept or dropped together. The K units with
+the largest score survive; ties survive too (see `swat_jax.sparsity.top_k`). To add one, write
+its score function and enter it in ``_SCORES``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from swat_jax.errors import UsageError
+from swat_jax.sparsity import top_k
+
+Shape = tuple[int, ...]
+
+
+def _magnitude(kernel: jax.Array) -> jax.Array:
+    """One unit per weight; the score is ``|w|``."""
+    return jnp.abs(kernel)
+
+
+def _channel_norm(kernel: jax.Array) -> jax.Array:
+    """One unit per (input, output) channel pair; the L1 norm of its spatial slice.
+
+    The paper's "structured" sparsity. For a 1x1 kernel it equals ``unstructured``.
+    """
+    return _l1(kernel, range(kernel.ndim - 2))
+
+
+def _filter_norm(kernel: jax.Array) -> jax.Array:
+    """One unit per output channel; the L1 norm of its whole filter."""
+    return _l1(kernel, range(kernel.ndim - 1))
+
+
+def _l1(kernel: jax.Array, axes: range) -> jax.Array:
+    # Half types lose low bits in a sum, which would make ties of what differs.
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    return jnp.sum(jnp.abs(kernel.astype(wide)), axis=tuple(axes), keepdims=True)
+
+
+_SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "unstructured": _magnitude,
+    "channel": _channel_norm,
+    "filter": _filter_norm,
+}
+
+
+def names() -> tuple[str, ...]:
+    """The granularities there are."""
+    return tuple(_SCORES)
+
+
+def check(granularity: str) -> str:
+    """``granularity`` itself, or a `UsageError` that lists what is allowed."""
+    if granularity not in _SCORES:
+        raise UsageError(f"granularity must be one of {', '.join(_SCORES)}; got {granularity!r}")
+    return granularity
+
+
+def score(kernel: jax.Array, granularity: str) -> jax.Array:
+    """Score of every unit.
+
+    Args:
+      kernel: weights, output channels last, input channels before them (HWIO for 2-D).
+      granularity: a name from `names`.
+
+    Returns:
+      Array of the rank of ``kernel`` that broadcasts to it, one value per unit.
+    """
+    return _SCORES[check(granularity)](kernel)
+
+
+def units(shape: Shape, granularity: str) -> int:
+    """How many units a kernel of this shape has: what K counts.
+
+    Example:
+      >>> units((3, 3, 16, 32), "channel")
+      512
+    """
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return math.prod(jax.eval_shape(lambda k: score(k, granularity), kernel).shape)
+
+
+def weight_threshold(kernel: jax.Array, granularity: str, keep: top_k.Count) -> jax.Array:
+    """The ``keep``-th largest score: scalar, of the kernel's type or wider for norms."""
+    return top_k.threshold(score(kernel, granularity), keep)
+
+
+def weight_mask(kernel: jax.Array, granularity: str, threshold: jax.Array | float) -> jax.Array:
+    """Booleans in the shape of ``kernel``: which weights belong to a unit that is kept."""
+    return jnp.broadcast_to(top_k.mask(score(kernel, granularity), threshold), kernel.shape)
+
+
+def masked_weights(kernel: jax.Array, granularity: str, threshold: jax.Array | float) -> jax.Array:
+    """``kernel`` on its mask, 0 elsewhere."""
+    keep = weight_mask(kernel, granularity, threshold)
+    return jnp.where(keep, kernel, jnp.zeros((), kernel.dtype))
