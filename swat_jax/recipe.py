@@ -7,10 +7,12 @@ Source: Raihan and Aamodt, "Sparse Weight Activation Training" (NeurIPS 2020), s
 supplement, read as design decisions of this project where they leave something open.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
+
+from swat_jax.errors import UsageError
 
 # Training images of ImageNet at the paper's batch size: 5,005 steps of 256.
 IMAGENET_STEPS = 5005
@@ -20,7 +22,7 @@ IMAGENET_REFRESHES_PER_EPOCH = 5
 
 def base() -> ConfigDict:
     """What all recipes share; keys that each of them must set are None here."""
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.seed = 0
     config.dataset = config_dict.required_placeholder(str)
     config.epochs = config_dict.required_placeholder(int)
@@ -86,26 +88,61 @@ def base() -> ConfigDict:
     return config
 
 
-def step_schedule(config: ConfigDict, milestones: Sequence[int], factor: float) -> None:
+def step_schedule(config: Any, milestones: Sequence[int], factor: float) -> None:
     """Sets a learning rate that is multiplied by `factor` at each of `milestones` (epochs)."""
     config.optimizer.schedule.name = "step"
     config.optimizer.schedule.milestones = tuple(milestones)
     config.optimizer.schedule.factor = factor
 
 
-def _fill(section: ConfigDict, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        section[key] = value
+def check_keys(config: ConfigDict, path: str = "config") -> None:
+    """Compares the keys of a config with those of `base`, so that a typo cannot pass unseen.
+
+    Args:
+      config: what a config file returned.
+      path: the file, for the message.
+
+    Raises:
+      UsageError: a key that is unknown, missing or still without the value that it must have.
+    """
+    known, given = _flatten(base()), _flatten(config)
+    for key in given:
+        if key not in known:
+            raise UsageError(f"{path}: unknown key config.{key}")
+    for key, value in known.items():
+        if key not in given:
+            raise UsageError(
+                f"{path}: key config.{key} is missing; start from swat_jax.recipe.base"
+            )
+        if value is _REQUIRED and given[key] is _REQUIRED:
+            raise UsageError(f"{path}: config.{key} must be set")
+
+
+_REQUIRED = object()
+
+
+def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; `_REQUIRED` where a required value was not set yet."""
+    flat: dict[str, Any] = {}
+    for key in section.keys():  # noqa: SIM118 (a ConfigDict)
+        try:
+            value = section[key]
+        except config_dict.RequiredValueError:
+            value = _REQUIRED
+        if isinstance(value, ConfigDict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def digits() -> ConfigDict:
-    """8x8 grey digits (1,437 for training, 360 for the test), in float32: small enough for a CPU."""
-    config = base()
+    """8x8 grey digits, 1,437 for training and 360 for the test, in float32: made for a CPU."""
+    config: Any = base()
     config.dataset = "digits"
     config.batch_size = 64
     config.precision = "float32"
-    _fill(
-        config.data,
+    config.data.update(
         {
             "source": "digits",
             "image_size": 8,
@@ -125,11 +162,10 @@ def cifar(dataset: str) -> ConfigDict:
     Args:
       dataset: "cifar10" or "cifar100"; also its TFDS name.
     """
-    config = base()
+    config: Any = base()
     config.dataset = dataset
     config.batch_size = 128
-    _fill(
-        config.data,
+    config.data.update(
         {
             "source": "tfds",
             "name": dataset,
@@ -143,18 +179,17 @@ def cifar(dataset: str) -> ConfigDict:
 
 
 def imagenet() -> ConfigDict:
-    """ImageNet: 90 epochs of batch 256, label smoothing, Nesterov, five threshold refreshes an epoch.
+    """ImageNet: 90 epochs of batch 256, label smoothing, Nesterov, five threshold refreshes each.
 
     Learning rate (0.1 per 256 images) and threshold period follow `config.batch_size`, also when a
     flag changes it.
     """
-    config = base()
+    config: Any = base()
     config.dataset = "imagenet"
     config.epochs = 90
     config.batch_size = IMAGENET_BATCH
     config.label_smoothing = 0.1
-    _fill(
-        config.data,
+    config.data.update(
         {
             "source": "tfds",
             "name": "imagenet2012",

@@ -104,8 +104,8 @@ def create(
     """Builds a network.
 
     Called with images (N, H, W, in_channels) it returns float32 logits (N, num_classes);
-    `model.train()` and `model.eval()` switch batch norm and dropout. The first conv of every network
-    is `model.stem`.
+    `model.train()` and `model.eval()` switch batch norm and dropout. The first conv of every
+    network is `model.stem`.
 
     Args:
       name: one of `names()`.

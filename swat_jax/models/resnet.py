@@ -117,7 +117,7 @@ class ResNet(nnx.Module):
         pooling.check_image(x, network="ResNet", smallest=1)
         x = nnx.relu(self.stem_norm(self.stem(x)))
         if self.stem_pools:
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = pooling.max_three_by_two(x)
         for number in range(1, self.num_stages + 1):
             for block in getattr(self, f"stage{number}"):
                 x = block(x)

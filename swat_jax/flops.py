@@ -1,0 +1,258 @@
+"""What a training step and an inference cost, layer by layer, and what SWAT saves of it.
+
+    python -m swat_jax.flops --config configs/imagenet_resnet50.py:u80 [--json]
+
+Counted are the multiply-accumulates (MACs) of convolutions and linear layers, per image:
+
+* forward `F = Cin*Cout*kh*kw*Hout*Wout / groups`, and as many for the weight gradient;
+* input gradient `X = Cin*Cout*kh*kw*Hin*Win / groups`, at the resolution of the INPUT, and for the
+  first layer too, although nobody needs that one.
+
+With weight sparsity s_W and activation sparsity s_A of a layer, SWAT leaves `(F + X)(1 - s_W)` of
+forward and input gradient and `F (1 - s_A)` of the weight gradient. This convention reproduces the
+columns of the SWAT paper (Raihan and Aamodt, NeurIPS 2020); `tests/test_flops.py` lists
+them, with the two rows that it does not.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from swat_jax import config_file
+from swat_jax.errors import UsageError
+from swat_jax.layer_table import Layer, layer_table, network_table
+from swat_jax.sparsity import distribution
+
+# Known without opening the data. Anything else is counted with ten classes: the classifier is a
+# vanishing part of the MACs.
+NUM_CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100, "imagenet": 1000}
+DEFAULT_CLASSES = 10
+
+__all__ = [
+    "Layer",
+    "Sparsities",
+    "channels_pruned",
+    "config_table",
+    "inference_flop_reduction",
+    "layer_table",
+    "mean_activation_sparsity",
+    "mean_weight_sparsity",
+    "network_table",
+    "render",
+    "report",
+    "sparsities",
+    "training_flop_reduction",
+]
+
+MOMENTUM_NOTE = (
+    "the budgets of momentum change while training; these figures are for the start:"
+    " uniform, with the first layer sparse"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsities:
+    """Sparsity of each layer, by path.
+
+    Attributes:
+      weight: fraction of zeros in the weights.
+      activation: fraction of zeros in the input that is kept for the backward pass.
+    """
+
+    weight: Mapping[str, float]
+    activation: Mapping[str, float]
+
+
+def sparsities(layers: Sequence[Layer], sparsity: Any) -> Sparsities:
+    """Spreads the sparsity of a config over the layers.
+
+    Under "momentum" it is that of the first step: uniform with the first layer sparse.
+
+    Args:
+      layers: the layer table.
+      sparsity: `config.sparsity`.
+
+    Raises:
+      UsageError: a sparsity outside [0, 1).
+    """
+    shapes = {layer.path: layer.kernel_shape for layer in layers}
+
+    def spread(amount: float) -> dict[str, float]:
+        if sparsity.distribution == "dense":
+            return dict.fromkeys(shapes, 0.0)
+        if sparsity.distribution == "erk":
+            return distribution.erdos_renyi_kernel(shapes, amount)
+        first = layers[0].path
+        dense = (first,) if sparsity.first_layer_dense else ()
+        return distribution.uniform(shapes, amount, dense=dense)
+
+    return Sparsities(spread(sparsity.weight), spread(sparsity.activation))
+
+
+def training_flop_reduction(
+    layers: Sequence[Layer], weight: Mapping[str, float], activation: Mapping[str, float]
+) -> float:
+    """Percentage of the MACs of a training step that the given sparsities save.
+
+    Args:
+      layers: the layer table.
+      weight: weight sparsity by path.
+      activation: activation sparsity by path.
+    """
+    dense = sum(2 * layer.macs_forward + layer.macs_input_gradient for layer in layers)
+    saved = sum(
+        (layer.macs_forward + layer.macs_input_gradient) * weight[layer.path]
+        + layer.macs_forward * activation[layer.path]
+        for layer in layers
+    )
+    return 100 * saved / dense
+
+
+def inference_flop_reduction(layers: Sequence[Layer], weight: Mapping[str, float]) -> float:
+    """Percentage of the MACs of a forward pass that the given weight sparsities save."""
+    dense = sum(layer.macs_forward for layer in layers)
+    return 100 * sum(layer.macs_forward * weight[layer.path] for layer in layers) / dense
+
+
+def channels_pruned(
+    layers: Sequence[Layer], weight: Mapping[str, float], granularity: str
+) -> float:
+    """Percentage of the (input, output) channel pairs of all convs that are pruned as a unit.
+
+    It is 0 for "unstructured", where single weights go.
+    """
+    if granularity == "unstructured":
+        return 0.0
+    pairs = {x.path: math.prod(x.kernel_shape[-2:]) for x in layers if x.kind == "conv"}
+    return _weighted_percentage(pairs, weight)
+
+
+def mean_weight_sparsity(layers: Sequence[Layer], weight: Mapping[str, float]) -> float:
+    """Percentage of zeros among the weights of all layers."""
+    return _weighted_percentage({layer.path: layer.weights for layer in layers}, weight)
+
+
+def mean_activation_sparsity(layers: Sequence[Layer], activation: Mapping[str, float]) -> float:
+    """Percentage of zeros among the layer inputs that are kept for the backward pass."""
+    return _weighted_percentage({layer.path: layer.activations for layer in layers}, activation)
+
+
+def _weighted_percentage(sizes: Mapping[str, int], sparsity: Mapping[str, float]) -> float:
+    total = sum(sizes.values())
+    return (
+        100 * sum(size * sparsity[path] for path, size in sizes.items()) / total if total else 0.0
+    )
+
+
+def config_table(config: Any, num_classes: int | None = None) -> list[Layer]:
+    """The layer table of the network that a config trains.
+
+    Args:
+      config: needs `model.name`, `data.image_size` and `data.mean` (one number per channel).
+      num_classes: width of the output; None: what `config.dataset` is known to have.
+    """
+    size = config.data.image_size
+    return network_table(
+        config.model.name,
+        num_classes=num_classes or NUM_CLASSES.get(config.dataset, DEFAULT_CLASSES),
+        image_shape=(size, size, len(config.data.mean)),
+    )
+
+
+def report(config: Any, num_classes: int | None = None) -> dict[str, Any]:
+    """Everything that this module knows about a config, ready for JSON.
+
+    Percentages are of the MACs of a training step or an inference, the same for any batch size.
+
+    Args:
+      config: see `config_table`; also `sparsity`.
+      num_classes: see `config_table`.
+    """
+    layers = config_table(config, num_classes)
+    found = sparsities(layers, config.sparsity)
+    result = {
+        "network": config.model.name,
+        "method": config.sparsity.method,
+        "training_flop_reduction": training_flop_reduction(layers, found.weight, found.activation),
+        "inference_flop_reduction": inference_flop_reduction(layers, found.weight),
+        "channels_pruned": channels_pruned(layers, found.weight, config.sparsity.granularity),
+        "weight_sparsity": mean_weight_sparsity(layers, found.weight),
+        "activation_sparsity": mean_activation_sparsity(layers, found.activation),
+        "weights": sum({layer.path: layer.weights for layer in layers}.values()),
+        "forward_macs": sum(layer.macs_forward for layer in layers),
+        "training_macs": sum(2 * x.macs_forward + x.macs_input_gradient for x in layers),
+        "note": MOMENTUM_NOTE if config.sparsity.distribution == "momentum" else "",
+        "layers": [
+            {
+                **dataclasses.asdict(layer),
+                "weights": layer.weights,
+                "activations": layer.activations,
+                "macs_forward": layer.macs_forward,
+                "macs_input_gradient": layer.macs_input_gradient,
+                "weight_sparsity": found.weight[layer.path],
+                "activation_sparsity": found.activation[layer.path],
+            }
+            for layer in layers
+        ],
+    }
+    return result
+
+
+def render(result: Mapping[str, Any]) -> str:
+    """`report` as text: one line a layer, then the totals."""
+    width = max(len(layer["path"]) for layer in result["layers"])
+    head = f"{'layer':{width}}  {'kernel':>16}  {'input':>9}  {'output':>9}"
+    lines = [f"{head}  {'forward MACs':>13}  {'input-grad MACs':>15}  {'s_W %':>6}  {'s_A %':>6}"]
+    for layer in result["layers"]:
+        sizes = [_times(layer[key]) for key in ("kernel_shape", "input_hw", "output_hw")]
+        lines.append(
+            f"{layer['path']:{width}}  {sizes[0]:>16}  {sizes[1]:>9}  {sizes[2]:>9}"
+            f"  {layer['macs_forward']:>13,}  {layer['macs_input_gradient']:>15,}"
+            f"  {100 * layer['weight_sparsity']:>6.2f}  {100 * layer['activation_sparsity']:>6.2f}"
+        )
+    lines += [
+        "",
+        f"{result['network']}, {result['method']}: {result['weights']:,} weights",
+        f"MACs per image: {result['forward_macs']:,} forward, {result['training_macs']:,} training",
+        f"training FLOP reduction   {result['training_flop_reduction']:6.1f} %",
+        f"inference FLOP reduction  {result['inference_flop_reduction']:6.1f} %",
+        f"weight sparsity           {result['weight_sparsity']:6.1f} %  (of all weights)",
+        f"activation sparsity       {result['activation_sparsity']:6.1f} %  (of all saved inputs)",
+        f"channels pruned           {result['channels_pruned']:6.1f} %  (pairs of channels)",
+    ]
+    if result["note"]:
+        lines.append(f"note: {result['note']}")
+    return "\n".join(lines)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "-"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code (2: the command line or the config is wrong)."""
+    flag_values = flags.FlagValues()
+    flags.DEFINE_bool("json", False, "print JSON instead of a table", flag_values=flag_values)
+    flags.DEFINE_bool("help", False, "print this help", flag_values=flag_values)
+    try:
+        config = config_file.parse_flags(flag_values, argv)
+        if flag_values["help"].value:
+            print(__doc__)
+            return 0
+        if config is None:
+            raise UsageError("--config is missing: give a file, such as configs/digits.py:u90")
+        result = report(config)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(result, indent=2) if flag_values["json"].value else render(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,123 @@
+"""The conv and linear layers of a network, in execution order, with shapes and MACs."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from swat_jax import models
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One use of a conv or linear layer in a forward pass.
+
+    Attributes:
+      path: where it sits in the network, such as `stage2/0/conv1`.
+      kind: "conv" or "linear".
+      kernel_shape: (kh, kw, Cin / groups, Cout), or (Cin, Cout) for linear layers.
+      input_hw: spatial shape of the input; for linear layers the axes between batch and features.
+      output_hw: spatial shape of the output.
+      groups: feature groups.
+    """
+
+    path: str
+    kind: Literal["conv", "linear"]
+    kernel_shape: tuple[int, ...]
+    input_hw: tuple[int, ...]
+    output_hw: tuple[int, ...]
+    groups: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, without bias."""
+        return math.prod(self.kernel_shape)
+
+    @property
+    def activations(self) -> int:
+        """Number of input values per image: what activation sparsity is a fraction of."""
+        return self.kernel_shape[-2] * self.groups * math.prod(self.input_hw)
+
+    @property
+    def macs_forward(self) -> int:
+        """MACs of the forward pass per image; the weight gradient has as many."""
+        return self.weights * math.prod(self.output_hw)
+
+    @property
+    def macs_input_gradient(self) -> int:
+        """MACs of the input gradient per image, at the input's resolution."""
+        return self.weights * math.prod(self.input_hw)
+
+
+def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> list[Layer]:
+    """Conv and linear layers in the order in which a forward pass uses them.
+
+    Nothing is computed: each layer's own product is replaced by a recorder and the model is traced
+    abstractly. The model may be abstract itself (`nnx.eval_shape`); it is not changed.
+
+    Args:
+      model: any NNX model of stock `nnx.Conv` and `nnx.Linear` layers, called with one batch.
+      image_shape: (H, W, C) of its input.
+    """
+    graph, state = nnx.split(model)
+    records: list[Layer] = []
+
+    def forward(state: Any, images: jax.Array) -> Any:
+        traced = nnx.merge(graph, state)
+        traced.eval()
+        for path, module in nnx.iter_modules(traced):
+            name = "/".join(str(part) for part in path)
+            if isinstance(module, nnx.Conv):
+                module.conv_general_dilated = _record_conv(name, records)
+            elif isinstance(module, nnx.Linear):
+                module.dot_general = _record_linear(name, records)
+        return traced(images)
+
+    jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    return records
+
+
+def _record_conv(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
+    def conv(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        y = jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
+        groups = kwargs["feature_group_count"]
+        records.append(Layer(path, "conv", kernel.shape, x.shape[1:-1], y.shape[1:-1], groups))
+        return y
+
+    return conv
+
+
+def _record_linear(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
+    def dot(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        records.append(Layer(path, "linear", kernel.shape, x.shape[1:-1], x.shape[1:-1]))
+        return jax.lax.dot_general(x, kernel, *args, **kwargs)
+
+    return dot
+
+
+def network_table(name: str, *, num_classes: int, image_shape: tuple[int, int, int]) -> list[Layer]:
+    """`layer_table` of a network from the registry, without allocating it.
+
+    Args:
+      name: one of `models.names()`.
+      num_classes: width of its output.
+      image_shape: (H, W, C) of its input.
+
+    Raises:
+      UsageError: no such network, or images too small for it.
+
+    Example:
+      >>> layers = network_table("resnet8", num_classes=10, image_shape=(8, 8, 1))
+      >>> layers[0].path, layers[0].kernel_shape, layers[0].macs_forward
+      ('stem', (3, 3, 1, 24), 13824)
+    """
+    model = nnx.eval_shape(
+        lambda: models.create(
+            name, num_classes=num_classes, in_channels=image_shape[-1], rngs=nnx.Rngs(0)
+        )
+    )
+    return layer_table(model, image_shape)
