@@ -14,6 +14,10 @@ from ml_collections import ConfigDict, config_dict
 
 from swat_jax.errors import UsageError
 
+# Rows of the paper's CIFAR tables, for the config files that have them.
+UNSTRUCTURED = ("u80", "u90", "u95", "erk80", "erk90", "erk95", "m80", "m90", "m95")
+STRUCTURED = ("channel50", "channel60", "channel70")
+
 # Training images of ImageNet at the paper's batch size: 5,005 steps of 256.
 IMAGENET_STEPS = 5005
 IMAGENET_BATCH = 256
@@ -21,7 +25,7 @@ IMAGENET_REFRESHES_PER_EPOCH = 5
 
 
 def base() -> ConfigDict:
-    """What all recipes share; keys that each of them must set are None here."""
+    """What all recipes share; keys that each of them must set cannot be read here."""
     config: Any = ConfigDict()
     config.seed = 0
     config.dataset = config_dict.required_placeholder(str)
