@@ -1,0 +1,399 @@
+"""Checkpoints: orbax behind two calls, `save` and `restore`.
+
+    <directory>/<step>/state/   the arrays (orbax, readable with orbax alone)
+    <directory>/<step>/run/     JSON: step, data position, metrics, config, every array's type
+
+A checkpoint is written under another name and renamed when it is complete, and one that is no
+longer kept is renamed before it is deleted. So whatever carries a plain number for a name is
+complete, at whatever moment a run was killed; everything else is swept away by the next save.
+
+Saving is synchronous: when `save` returns, the checkpoint is there. It costs some 20 ms and about
+1 ms for each array, more for hundreds of megabytes.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from swat_jax.errors import RunError, UsageError
+
+# What may differ between a run and the run that it goes on from: these keys, and all below them.
+FREE_KEYS = (
+    "checkpoint",
+    "data.data_dir",
+    "data.workers",
+    "devices",
+    "eval",
+    "log",
+    "max_steps",
+    "steps_per_dispatch",
+)
+_TRASH = "trash-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A checkpoint that was read.
+
+    Attributes:
+      state: the arrays, in the template's structure and on its devices.
+      position: what `save` was given: where to go on in the data.
+      step: the step at which it was saved.
+      metrics: what `save` was given, or empty.
+      refreshed: the top-level entries of the state that did not fit and stayed the template's own.
+    """
+
+    state: dict[str, Any]
+    position: dict[str, Any]
+    step: int
+    metrics: dict[str, float]
+    refreshed: tuple[str, ...] = ()
+
+
+class Checkpointer:
+    """The checkpoints of one run.
+
+    Args:
+      directory: where they lie; made by the first `save`.
+      keep: how many of the newest stay, at least 1.
+      config: the run's config as a plain nested dict. It is stored in every checkpoint, and
+        `restore` refuses a checkpoint of another one.
+      best_metric: the name of a metric, the greater the better. Among the checkpoints that were
+        saved with it, the best one stays too, the earliest of equals.
+
+    Raises:
+      UsageError: `keep` is below 1.
+
+    Example:
+      >>> with Checkpointer(workdir / "checkpoints", config=config) as checkpoints:
+      ...     restored = checkpoints.restore(state)  # None in a new run
+      ...     checkpoints.save(step, state, {"epoch": 3, "step_in_epoch": 0})  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        config: Mapping[str, Any],
+        keep: int = 1,
+        best_metric: str | None = None,
+    ) -> None:
+        if keep < 1:
+            raise UsageError(f"config.checkpoint.keep is {keep}; keep at least 1 checkpoint")
+        self.directory = Path(directory).absolute()
+        self._config = _plain(config)
+        self._keep = keep
+        self._best_metric = best_metric
+        self._orbax = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(
+                state=ocp.PyTreeCheckpointHandler(), run=ocp.JsonCheckpointHandler()
+            )
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets orbax's threads go."""
+        self._orbax.close()
+
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, rising."""
+        try:
+            names = [path.name for path in self.directory.iterdir() if path.is_dir()]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any],
+        position: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Writes a checkpoint and deletes those that are no longer kept.
+
+        Args:
+          step: its number; also the order of age.
+          state: nested dict (any pytree below the top level) of arrays, on one device or sharded
+            over a mesh.
+          position: JSON values that say where to go on in the data.
+          metrics: name -> number.
+
+        Returns:
+          False where a checkpoint of this step is there already: it stays as it is, since a run
+          has one state at one step.
+
+        Raises:
+          RunError: the disk is full or cannot be written. Earlier checkpoints are untouched.
+          ValueError: an array has no elements; orbax cannot save one.
+        """
+        if step in self.steps():
+            return False
+        run = {
+            "step": int(step),
+            "position": _plain(position),
+            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "config": self._config,
+            "arrays": _array_types(state),
+        }
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(dict(state)), run=ocp.args.JsonSave(run)
+        )
+        try:
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+                self._check_room(step, state)
+            with _quiet_orbax():
+                self._orbax.save(self.directory / str(step), args=args)
+        except Exception as error:
+            reason = _refused_by_disk(error)
+            if reason is None:
+                raise
+            # What was written so far is in the way of whatever else needs the disk.
+            self._sweep()
+            raise RunError(
+                f"cannot save the checkpoint of step {step} in {self.directory}: {reason}; "
+                "earlier checkpoints are intact: make room there and run again"
+            ) from error
+        self._delete_old()
+        return True
+
+    def restore(
+        self, template: Mapping[str, Any], *, best: bool = False, refresh: Sequence[str] = ()
+    ) -> Restored | None:
+        """Reads the newest complete checkpoint.
+
+        Args:
+          template: nested dict of arrays or `jax.ShapeDtypeStruct`s like the state that was saved.
+            Each array is read onto the template's sharding, which may span other devices than
+            when it was saved; a template leaf without a sharding means the first device.
+          best: read the best checkpoint by `best_metric` in place of the newest.
+          refresh: top-level entries of the state that may have other shapes than were saved, such
+            as activation thresholds on another number of devices. One that does is not read:
+            the template's stays, and `refreshed` names it.
+
+        Returns:
+          The checkpoint, or None where there is none.
+
+        Raises:
+          UsageError: it belongs to another config, or its arrays have other names, shapes or types
+            than the template.
+          RunError: it cannot be read.
+        """
+        runs = self._best_runs() if best else None
+        steps = self.steps() if runs is None else [step for _, step in runs]
+        if not steps:
+            return None
+        path = self.directory / str(steps[-1])
+        run = self._read_run(path)
+        check_same_run(run["config"], self._config, where=f"the checkpoint {path}")
+
+        saved, wanted = run["arrays"], _array_types(template)
+        refreshed = tuple(name for name in refresh if _below(saved, name) != _below(wanted, name))
+        parts = {name: value for name, value in template.items() if name not in refreshed}
+        unread = [name for name in {**saved, **wanted} if name.split("/")[0] in refreshed]
+        differences = [
+            f"{name} is {wanted.get(name, 'absent')}, was {saved.get(name, 'absent')}"
+            for name in {**saved, **wanted}
+            if name not in unread and saved.get(name) != wanted.get(name)
+        ]
+        if differences:
+            raise UsageError(
+                f"the checkpoint {path} does not fit this network: {_some(differences)}; "
+                "use another --workdir"
+            )
+        abstract = jax.tree.map(_abstract, parts)
+        args = ocp.args.PyTreeRestore(
+            item=abstract,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+            partial_restore=True,
+        )
+        state = self._read(path, state=args)["state"] if parts else {}
+        return Restored(
+            state={**template, **state},
+            position=run["position"],
+            step=run["step"],
+            metrics=run["metrics"],
+            refreshed=refreshed,
+        )
+
+    def _read_run(self, path: Path) -> dict[str, Any]:
+        return self._read(path, run=ocp.args.JsonRestore())["run"]
+
+    def _read(self, path: Path, **items: ocp.args.CheckpointArgs) -> Any:
+        try:
+            with _quiet_orbax():
+                return self._orbax.restore(path, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise RunError(
+                f"cannot read the checkpoint {path}: {_one_line(error)}; "
+                "delete that folder to go on from an earlier one"
+            ) from error
+
+    def _best_runs(self) -> list[tuple[float, int]]:
+        """(metric, step) of the checkpoints that have the metric, the best one last."""
+        found = []
+        for step in self.steps():
+            value = self._read_run(self.directory / str(step))["metrics"].get(self._best_metric)
+            if value is not None:
+                found.append((-math.inf if math.isnan(value) else value, step))
+        return sorted(found, key=lambda run: (run[0], -run[1]))
+
+    def _delete_old(self) -> None:
+        if jax.process_index() == 0:
+            kept = self.steps()[-self._keep :]
+            if self._best_metric is not None:
+                kept += [step for _, step in self._best_runs()[-1:]]
+            for step in self.steps():
+                if step not in kept:
+                    trash = self.directory / f"{_TRASH}{step}"
+                    (self.directory / str(step)).rename(trash)
+                    shutil.rmtree(trash, ignore_errors=True)
+        if jax.process_count() > 1:  # nobody may list the directory while it changes
+            multihost_utils.sync_global_devices("swat_jax.checkpoint.delete")
+
+    def _check_room(self, step: int, state: Mapping[str, Any]) -> None:
+        """A full disk is noticed before anything is written to it, where it can be."""
+        needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise RunError(
+                f"cannot save the checkpoint of step {step} in {self.directory}: it needs "
+                f"{needed / 2**20:.1f} MiB and {free / 2**20:.1f} MiB are free; "
+                "earlier checkpoints are intact: make room there and run again"
+            )
+
+    def _sweep(self) -> None:
+        """Removes what a killed or failed run left: half a checkpoint, half a deletion."""
+        with contextlib.suppress(OSError):
+            for path in self.directory.iterdir():
+                if path.name.startswith(_TRASH) or ".orbax-checkpoint-tmp" in path.name:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def check_same_run(
+    saved: Mapping[str, Any], config: Mapping[str, Any], *, where: str = "the checkpoint"
+) -> None:
+    """Refuses to go on with a run under another config.
+
+    Args:
+      saved: the config that was stored, a nested dict.
+      config: the config of this run, a nested dict; `FREE_KEYS` may differ.
+      where: what the message calls the place that `saved` comes from.
+
+    Raises:
+      UsageError: names every key that differs, with both values.
+
+    Example:
+      >>> check_same_run({"seed": 0, "log": {"every_steps": 5}}, {"seed": 0, "log": {}})
+      >>> check_same_run({"seed": 0}, {"seed": 1})
+      Traceback (most recent call last):
+      ...
+      swat_jax.errors.UsageError: the checkpoint is of another run: config.seed is 1, was 0; ...
+    """
+    before, now = _flat(_plain(saved)), _flat(_plain(config))
+    differences = [
+        f"config.{key} is {_show(now, key)}, was {_show(before, key)}"
+        for key in sorted({**before, **now})
+        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
+        and (key in before, before.get(key)) != (key in now, now.get(key))
+    ]
+    if differences:
+        raise UsageError(
+            f"{where} is of another run: {'; '.join(differences)}; "
+            "use another --workdir, or the values that were"
+        )
+
+
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON: tuples are lists, keys are text."""
+    return json.loads(json.dumps(value))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
+
+
+def _array_types(state: Mapping[str, Any]) -> dict[str, str]:
+    """`stem/kernel` -> `float32[3,3,3,64]` for every array."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (
+            f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        )
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+
+
+def _below(types: Mapping[str, str], name: str) -> dict[str, str]:
+    return {path: kind for path, kind in types.items() if path.split("/")[0] == name}
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _refused_by_disk(error: BaseException | None) -> str | None:
+    """What the file system said, where it is the cause; tensorstore only writes it in its text."""
+    if error is None:
+        return None
+    if isinstance(error, OSError):
+        return error.strerror or _one_line(error)
+    if code := re.search(r"os_error_code='(\d+)'", str(error)):
+        return os.strerror(int(code[1]))
+    return _refused_by_disk(error.__cause__ or error.__context__)
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Mutes orbax's log: its threads print as tracebacks the errors that are raised here anyway."""
+    logger = logging.getLogger("absl")
+
+    def mute(record: logging.LogRecord) -> bool:
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
+
+    logger.addFilter(mute)
+    try:
+        yield
+    finally:
+        logger.removeFilter(mute)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def _some(texts: Sequence[str], limit: int = 8) -> str:
+    rest = f"; and {len(texts) - limit} more" if len(texts) > limit else ""
+    return "; ".join(texts[:limit]) + rest
