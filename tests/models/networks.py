@@ -1,0 +1,29 @@
+"""Layer tables and abstract models, made once and shared by the tests."""
+
+import functools
+
+from flax import nnx
+
+from swat_jax import models
+from swat_jax.layer_table import Layer, layer_table
+
+
+def input_size(name: str) -> int:
+    return 224 if name.startswith("imagenet") else 32
+
+
+def num_classes(name: str) -> int:
+    return 1000 if name.startswith("imagenet") else 10
+
+
+@functools.cache
+def table(name: str) -> tuple[Layer, ...]:
+    size = input_size(name)
+    return tuple(network_table(name, num_classes=num_classes(name), image_shape=(size, size, 3)))
+
+
+@functools.cache
+def abstract(name: str) -> nnx.Module:
+    return nnx.eval_shape(
+        lambda: models.create(name, num_classes=num_classes(name), rngs=nnx.Rngs(0))
+    )
