@@ -7,6 +7,9 @@ from flax import nnx
 from swat_jax import models
 from swat_jax.layer_table import Layer, layer_table
 
+# The smallest of each family: enough for what a whole family shares.
+FAMILIES = ("resnet8", "vgg11", "resnet18", "resnet50", "wrn16_8", "densenet121")
+
 
 def input_size(name: str) -> int:
     return 224 if name.startswith("imagenet") else 32
@@ -19,7 +22,7 @@ def num_classes(name: str) -> int:
 @functools.cache
 def table(name: str) -> tuple[Layer, ...]:
     size = input_size(name)
-    return tuple(network_table(name, num_classes=num_classes(name), image_shape=(size, size, 3)))
+    return tuple(layer_table(abstract(name), (size, size, 3)))
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from swat_jax import models
-from tests.models.networks import abstract, table
+from tests.models.networks import FAMILIES, abstract, table
 
 # Parameters that the networks are known to have, batch norm's scale and bias included.
 # ImageNet: torchvision's resnet50 and wide_resnet50_2. DenseNet, CIFAR: pytorch-cifar. The others:
@@ -197,9 +197,7 @@ def test_first_layer_is_the_stem_and_paths_are_unique(name):
     assert len(set(paths)) == len(paths)
 
 
-@pytest.mark.parametrize(
-    "name", ["vgg11", "resnet18", "wrn16_8", "densenet121", "imagenet_resnet50"]
-)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_are_float32_whatever_is_computed_in(name):
     model = nnx.eval_shape(
         lambda: models.create(name, num_classes=7, dtype="bfloat16", rngs=nnx.Rngs(0))

@@ -40,7 +40,7 @@ class MarkedLinear(nnx.Linear):
     pass
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", networks.FAMILIES)
 def test_every_conv_and_linear_comes_from_the_layer_types(name):
     types = models.LayerTypes(functools.partial(MarkedConv, mark=3), MarkedLinear)
     model = abstract(name, layers=types)
@@ -49,7 +49,7 @@ def test_every_conv_and_linear_comes_from_the_layer_types(name):
     assert set(marked) == set(layers_of(model, (nnx.Conv, nnx.Linear)))
 
 
-@pytest.mark.parametrize("name", models.names())
+@pytest.mark.parametrize("name", [*networks.FAMILIES, "imagenet_resnet50"])
 def test_convs_have_biases_in_vgg_and_small_resnets_only(name):
     with_bias = name.startswith(("vgg", "resnet"))
     convs = layers_of(networks.abstract(name), nnx.Conv)
