@@ -60,6 +60,9 @@ def load(text: str) -> ConfigDict:
         raise
     except Exception as error:  # a config file is Python: it can fail in any way
         raise UsageError(_failed(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        given = type(config).__name__
+        raise UsageError(f"config: {path}: get_config must return a ConfigDict, got {given}")
     recipe.check_keys(config, path)
     return config
 

@@ -128,25 +128,29 @@ def channels_pruned(
     """
     if granularity == "unstructured":
         return 0.0
-    pairs = {x.path: math.prod(x.kernel_shape[-2:]) for x in layers if x.kind == "conv"}
-    return _weighted_percentage(pairs, weight)
+    convs = [layer for layer in _once(layers) if layer.kind == "conv"]
+    return _percentage([(math.prod(x.kernel_shape[-2:]), weight[x.path]) for x in convs])
 
 
 def mean_weight_sparsity(layers: Sequence[Layer], weight: Mapping[str, float]) -> float:
     """Percentage of zeros among the weights of all layers."""
-    return _weighted_percentage({layer.path: layer.weights for layer in layers}, weight)
+    return _percentage([(layer.weights, weight[layer.path]) for layer in _once(layers)])
 
 
 def mean_activation_sparsity(layers: Sequence[Layer], activation: Mapping[str, float]) -> float:
     """Percentage of zeros among the layer inputs that are kept for the backward pass."""
-    return _weighted_percentage({layer.path: layer.activations for layer in layers}, activation)
+    return _percentage([(layer.activations, activation[layer.path]) for layer in layers])
 
 
-def _weighted_percentage(sizes: Mapping[str, int], sparsity: Mapping[str, float]) -> float:
-    total = sum(sizes.values())
-    return (
-        100 * sum(size * sparsity[path] for path, size in sizes.items()) / total if total else 0.0
-    )
+def _once(layers: Sequence[Layer]) -> list[Layer]:
+    """Without the second and later uses of a layer: its weights exist once."""
+    return list({layer.path: layer for layer in layers}.values())
+
+
+def _percentage(parts: Sequence[tuple[int, float]]) -> float:
+    """Mean of the fractions in (size, fraction) pairs, weighted by size, in percent."""
+    total = sum(size for size, _ in parts)
+    return 100 * sum(size * fraction for size, fraction in parts) / total if total else 0.0
 
 
 def config_table(config: Any, num_classes: int | None = None) -> list[Layer]:
@@ -183,7 +187,7 @@ def report(config: Any, num_classes: int | None = None) -> dict[str, Any]:
         "channels_pruned": channels_pruned(layers, found.weight, config.sparsity.granularity),
         "weight_sparsity": mean_weight_sparsity(layers, found.weight),
         "activation_sparsity": mean_activation_sparsity(layers, found.activation),
-        "weights": sum({layer.path: layer.weights for layer in layers}.values()),
+        "weights": sum(layer.weights for layer in _once(layers)),
         "forward_macs": sum(layer.macs_forward for layer in layers),
         "training_macs": sum(2 * x.macs_forward + x.macs_input_gradient for x in layers),
         "note": MOMENTUM_NOTE if config.sparsity.distribution == "momentum" else "",

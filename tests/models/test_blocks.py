@@ -1,5 +1,7 @@
 """Blocks against the same thing written out in numpy: where norm, ReLU and shortcut sit."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -21,18 +23,19 @@ def images():
     return np.random.default_rng(1).normal(size=(2, 6, 6, 8)).astype("float32")
 
 
-def randomise(model):
+def randomise(model) -> Any:
     """Random batch norm, so that nothing cancels, and evaluation mode."""
     rng = np.random.default_rng(0)
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
-            for variable in (module.scale, module.bias, module.mean, module.var):
+            for name in ("scale", "bias", "mean", "var"):
+                variable = getattr(module, name)
                 variable[...] = rng.uniform(0.5, 1.5, variable[...].shape).astype("float32")
     model.eval()
     return model
 
 
-def conv(layer, x, strides=1):
+def conv(layer, x, strides=1) -> Any:
     """NHWC convolution in numpy: a sum over the taps of the kernel."""
     kernel = np.asarray(layer.kernel[...])
     pad = kernel.shape[0] // 2
@@ -145,7 +148,7 @@ def test_stem_pooling_has_padding_that_never_wins():
 
 
 def test_resnet8_written_out():
-    model = models.create("resnet8", num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
+    model: Any = models.create("resnet8", num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
     randomise(model)
     images = np.random.default_rng(2).normal(size=(4, 8, 8, 1)).astype("float32")
     y = relu(norm(model.stem_norm, conv(model.stem, images)))
@@ -162,7 +165,7 @@ def test_resnet8_written_out():
 
 
 def test_training_moves_the_running_averages_and_evaluation_does_not():
-    model = models.create("resnet8", num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
+    model: Any = models.create("resnet8", num_classes=10, in_channels=1, rngs=nnx.Rngs(0))
     images = np.random.default_rng(2).normal(3, 1, (4, 8, 8, 1)).astype("float32")
 
     def averages(training):
