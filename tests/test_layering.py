@@ -1,0 +1,109 @@
+"""Imports go down only: the layout of the package, read from its source.
+
+A new module has to be placed in `LEVELS`; a module may import what stands in a lower level, and
+modules of its own folder as long as they make no circle.
+"""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "swat_jax"
+
+# From the bottom to the top; a folder stands for all that is in it.
+LEVELS = (
+    {"errors"},
+    {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data"},
+    {"kernels", "config_file"},
+    {"functional"},
+    {"layers", "linen"},
+    {"models"},
+    {"layer_table"},
+    {"flops", "listing"},
+    {"step"},
+    {"train"},
+    {"main"},
+)
+HEIGHT = {unit: height for height, units in enumerate(LEVELS) for unit in units}
+
+# What only one file may use, and why it would be missed elsewhere.
+ONLY_IN = {
+    "custom_vjp": ("functional.py", "gradient rules have one place"),
+    "custom_jvp": ("functional.py", "gradient rules have one place"),
+    "ffi": ("kernels.py", "every native op has its jnp twin beside it"),
+}
+NOT_AT_ALL = ("tensorflow", "torch", "clu", "tests", "configs", "benchmarks")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(module: str) -> set[str]:
+    """Absolute names of all that is imported, anywhere in the file, TYPE_CHECKING blocks too."""
+    found = set()
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: write imports in full, not relative ones"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in SOURCES else str(node.module))
+    return found
+
+
+def own_imports(module: str) -> set[str]:
+    return {name for name in imports_of(module) if name.split(".")[0] == "swat_jax"}
+
+
+def unit_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+INNER = [module for module in SOURCES if module != "swat_jax"]
+
+
+def test_there_is_something_to_check():
+    assert {"swat_jax.errors", "swat_jax.sparsity.top_k"} <= set(SOURCES)
+    assert own_imports("swat_jax.optimizer") == {"swat_jax.errors"}
+
+
+@pytest.mark.parametrize("module", INNER)
+def test_imports_go_down(module):
+    assert unit_of(module) in HEIGHT, f"give {module} a place in LEVELS"
+    for imported in own_imports(module):
+        assert imported != "swat_jax", f"{module} imports the package's own front door"
+        assert imported in SOURCES, f"{module} imports {imported}, which is no module"
+        if unit_of(imported) != unit_of(module):
+            assert HEIGHT[unit_of(imported)] < HEIGHT[unit_of(module)], (
+                f"{module} imports {imported}, which is not below it"
+            )
+
+
+def test_no_circles():
+    graph = {module: own_imports(module) - {module} for module in INNER}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(INNER)
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_what_has_its_own_place_stays_there(module):
+    path = SOURCES[module]
+    for imported in imports_of(module):
+        assert imported.split(".")[0] not in NOT_AT_ALL, f"{module} imports {imported}"
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
+        home, why = ONLY_IN.get(str(name), (path.name, ""))
+        assert path.name == home, f"{module} uses {name}, which belongs in {home}: {why}"
+
+
+def test_the_front_door_only_names_what_is_behind_it():
+    tree = ast.parse(SOURCES["swat_jax"].read_text())
+    kinds = {type(node) for node in tree.body}
+    assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}, "swat_jax/__init__.py does work"
