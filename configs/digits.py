@@ -20,6 +20,6 @@ def get_config(method: str = "u90") -> ConfigDict:
     """Config for `method` (see `swat_jax.method.parse`)."""
     config = recipe.digits()
     config.model.name = "resnet8"
-    config.epochs = 30
+    config.epochs = 20
     config.optimizer.schedule.name = "cosine"
     return methods.apply(config, method)
