@@ -1,7 +1,7 @@
 """resnet8 on the 8x8 digits that come with scikit-learn: no download, about a minute on two cores.
 
-    python -m swat_jax.main --config configs/digits.py --workdir /tmp/digits
-    python -m swat_jax.main --config configs/digits.py:erk90 --workdir /tmp/digits_erk90
+    python -m swat_jax.main --config configs/digits.py --workdir runs/digits
+    python -m swat_jax.main --config configs/digits.py:erk90 --workdir runs/digits_erk90
 
 Expect at least 97 % test accuracy after hard pruning, for 90 % of zeros in weights and saved
 activations (the first conv stays dense). This data set is not in the paper: it is here to show the
