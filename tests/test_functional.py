@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from swat_jax.functional import swat_conv, swat_linear
 from swat_jax.sparsity import packing, top_k
 from tests import oracle
-from tests.strategies import DTYPES, Grid, grids, precision_of
+from tests.strategies import DTYPES, Grid, grids, numpy, precision_of
 
 ROUNDING = {"float32": 0.0, "float64": 0.0, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
@@ -162,7 +162,7 @@ def test_conv_matches_the_oracle_in_every_geometry(name, data, grid):
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != "float32"])
-@pytest.mark.parametrize("name", ["1d", "2d_strided", "2d_groups", "3d"])
+@pytest.mark.parametrize("name", ["1d", "2d_strided", "2d_groups"])
 @settings(max_examples=8)
 @given(data=st.data(), grid=grids())
 def test_conv_matches_the_oracle_in_every_type(name, dtype, data, grid):
@@ -175,7 +175,6 @@ def test_conv_matches_the_oracle_in_every_type(name, dtype, data, grid):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("1d", "float32"),
         ("2d_strided", "float32"),
         ("2d_groups", "bfloat16"),
         ("2d_window_of_one", "float32"),
@@ -197,7 +196,7 @@ def test_conv_with_given_thresholds(granularity, grid, weight_eighths, activatio
     """Thresholds between, at, below and above the values; 0 keeps every non-zero."""
     case = CASES["2d"]
     x, kernel, dy = draw_values(grid, case, "float32")
-    limits = {
+    limits: dict[str, Any] = {
         "weight_threshold": np.float32(weight_eighths / 8),
         "activation_threshold": np.float32(activation_eighths / 8),
     }
@@ -224,7 +223,7 @@ def test_the_mask_comes_from_the_master_weights_not_from_their_rounding():
     kernel = jnp.float32(1) + jnp.arange(16, dtype=jnp.float32).reshape(4, 4) * 2.0**-20
     y = swat_linear(jnp.eye(4, dtype=jnp.bfloat16), kernel, weight_keep=5, activation_sparsity=0.0)
     assert y.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(oracle.widen(y), (np.arange(16) >= 11).reshape(4, 4))
+    np.testing.assert_array_equal(numpy(y), (np.arange(16) >= 11).reshape(4, 4))
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
@@ -233,11 +232,11 @@ def test_a_stored_threshold_of_another_type_means_its_exact_value(stored):
     limit = np.array(1.001, jnp.dtype(stored))
     dkernel = jax.grad(
         lambda k: swat_linear(
-            jnp.asarray(x), k, weight_sparsity=0.0, activation_threshold=limit
+            jnp.asarray(x), k, weight_sparsity=0.0, activation_threshold=jnp.asarray(limit)
         ).sum()
     )(jnp.ones((4, 1), jnp.float32))
     expected = oracle.sparsify(x, oracle.mask(x, limit)).reshape(4, 1)
-    np.testing.assert_array_equal(oracle.widen(dkernel), expected)
+    np.testing.assert_array_equal(numpy(dkernel), expected)
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.0, 0.1, 0.7, 0.9, 0.99, np.float32(0.7), "0.7"])
@@ -344,7 +343,7 @@ def test_linear_matches_the_oracle(shape, dtype, data, grid):
 def test_linear_with_given_thresholds(grid, weight_eighths, activation_eighths):
     x, kernel = grid.array((5, 6)), grid.array((6, 4), salt=1)
     dy = Grid(grid.seed, 16, 0.0).array((5, 4), salt=2)
-    limits = {
+    limits: dict[str, Any] = {
         "weight_threshold": np.float32(weight_eighths / 8),
         "activation_threshold": np.float32(activation_eighths / 8),
     }
@@ -422,7 +421,7 @@ def test_thresholds_and_packed_get_no_gradient():
         ).sum()
 
     np.testing.assert_array_equal(jax.grad(loss)(jnp.array([0.5, 2.0])), [0.0, 0.0])
-    packed = packing.pack(x, 3.0, 6)
+    packed = jax.jit(packing.pack, static_argnums=2)(x, 3.0, 6)
 
     def packed_loss(values):
         again = packing.Packed(values, packed.bitmap, packed.offsets, packed.overflow, packed.shape)
@@ -462,13 +461,19 @@ def _packed_conv():
 def test_counts_may_be_traced_without_compiling_again():
     case = CASES["2d"]
     x, kernel, dy = draw_values(Grid(1, 16, 0.0), case, "float32")
-    f = vjp_of(functools.partial(swat_conv, **case.arguments()))
+    traces = []
+
+    def product(x, kernel, **how):
+        traces.append(1)
+        return swat_conv(x, kernel, **how, **case.arguments())
+
+    f = vjp_of(product)
     for weight_keep, activation_keep in [(1, 180), (54, 2), (108, 77)]:
         keeps = {"weight_keep": weight_keep, "activation_keep": activation_keep}
         actual = f(x, kernel, dy, **{n: jnp.uint32(k) for n, k in keeps.items()})
         expected = oracle.swat_conv(x, kernel, dy, **keeps, **case.geometry())
         assert_gradients(actual, expected, expected, "float32")
-    assert f._cache_size() == 1
+    assert len(traces) == 1
 
 
 def test_counts_of_two_words(monkeypatch):

@@ -93,7 +93,7 @@ def test_channel_equals_unstructured_for_a_window_of_one():
             )
             for name in ("channel", "unstructured")
         ]
-        np.testing.assert_array_equal(*masks)
+        np.testing.assert_array_equal(masks[0], masks[1])
 
 
 @pytest.mark.parametrize("granularity", ["channel", "filter"])
