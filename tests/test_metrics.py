@@ -21,7 +21,7 @@ def read_lines(workdir):
 
 def read_events(workdir):
     """TFRecord framing: length (8 bytes), its checksum (4), the event, its checksum (4)."""
-    parse = event_pb2.Event.FromString  # pyright: ignore[reportAttributeAccessIssue]
+    parse = event_pb2.Event.FromString
     events = []
     for path in sorted((workdir / "tensorboard").iterdir()):
         data = path.read_bytes()
