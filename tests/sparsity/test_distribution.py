@@ -127,10 +127,13 @@ def test_momentum_budgets_follow_the_words(sizes, total, data):
     assert (keep >= 1).all()
     assert (keep <= size).all()
     expected = oracle.momentum_budgets(momentum, sizes, total)
-    # Where nobody is near a limit, shares and leftovers are rounded once each (and in float32).
-    limits = np.floor(0.99 * size)
-    if ((expected > 2) & ((expected < limits - 2) | (expected == size))).all():
-        np.testing.assert_allclose(keep, expected, atol=2.01 + 2e-7 * total)
+    # Shares are rounded once, and leftovers once each time that they are spread: at most once per
+    # layer. Where nobody is that near a limit, this is all that may differ (and float32).
+    slack = len(sizes) + 1
+    limits = 0.99 * size
+    clear = (expected > 1 + slack) & ((expected < limits - slack) | (expected == size))
+    if clear.all():
+        np.testing.assert_allclose(keep, expected, atol=slack + 2e-7 * total)
 
 
 def test_budgets_by_hand():
