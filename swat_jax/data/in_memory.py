@@ -53,7 +53,7 @@ class InMemoryDataset(BaseDataset):
         test: Arrays,
     ) -> None:
         check_image_shape(name, train.images.shape[1:], settings)
-        held_out = round(settings.holdout * len(train.labels))
+        held_out = stratify.part_size(settings.holdout, len(train.labels))
         self._splits: dict[str, Arrays] = {"train": train, "test": test}
         if held_out:
             kept, chosen = stratify.stratified(train.labels, held_out)

@@ -7,6 +7,16 @@ from numpy.typing import NDArray
 _SPLIT_SEED = 1797
 
 
+def part_size(fraction: float, total: int) -> int:
+    """Images in a part of a set: at least one where the fraction is not 0.
+
+    Args:
+      fraction: in [0, 1).
+      total: images in the set.
+    """
+    return max(1, round(fraction * total)) if fraction else 0
+
+
 def stratified(
     labels: NDArray[np.integer], count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -44,6 +44,12 @@ def load(settings: Settings) -> InMemoryDataset:
             f"config.data.data_dir: {path}: test labels go up to {test.labels.max()}, training "
             f"labels only to {num_classes - 1}"
         )
+    absent = np.setdiff1d(np.arange(num_classes), train.labels)
+    if absent.size:
+        raise UsageError(
+            f"config.data.data_dir: {path}: no training image has label {absent[0]}; labels must "
+            f"be 0 to {num_classes - 1} without gaps"
+        )
     return InMemoryDataset(
         settings,
         name=path.name,
