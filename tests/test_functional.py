@@ -320,8 +320,10 @@ def test_preferred_element_type_and_precision_reach_the_product():
 # --- Linear ----------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 6), (2, 3, 6), (6,)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*(((5, 6), dtype) for dtype in DTYPES), ((2, 3, 6), "float32"), ((6,), "bfloat16")],
+)
 @settings(max_examples=12)
 @given(data=st.data(), grid=grids())
 def test_linear_matches_the_oracle(shape, dtype, data, grid):

@@ -118,7 +118,7 @@ def test_jit_changes_nothing():
     assert_trees_equal(jax.jit(f)(x, kernel, dy), f(x, kernel, dy))
 
 
-@pytest.mark.parametrize("mapped", ["x", "kernel", "x kernel", "x kernel keeps", "keeps", "limits"])
+@pytest.mark.parametrize("mapped", ["x", "kernel", "x kernel keeps", "limits"])
 def test_vmap_is_the_loop(mapped):
     """Each element has its own top-K, also where only one of the operands is mapped."""
     x, kernel, dy = values(3)
