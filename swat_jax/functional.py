@@ -137,11 +137,20 @@ def swat_linear(
     precision: Precision = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """Matrix product with sparse weights; see `swat_conv` for the rules and the arguments.
+    """Matrix product with sparse weights, by the rules of `swat_conv`.
 
     Args:
       x: (..., in) floats.
-      kernel: (in, out) floats; masks are unstructured.
+      kernel: (in, out) floats, possibly of a wider type; masks are unstructured.
+      weight_sparsity: fraction of the weights that is zero, in ``[0, 1)``.
+      activation_sparsity: fraction of ``x`` that is zero in the weight gradient, in ``[0, 1)``.
+      weight_keep: in place of the sparsity: how many weights are kept.
+      activation_keep: in place of the sparsity: how many values of ``x`` are kept.
+      weight_threshold: smallest magnitude of a weight that is kept.
+      activation_threshold: smallest magnitude of ``x`` that is kept.
+      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it.
+      precision: as in `jax.lax.dot_general`.
+      preferred_element_type: as there.
 
     Returns:
       (..., out).

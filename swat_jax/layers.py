@@ -109,7 +109,7 @@ class _SwatLayer(nnx.Module):
         # Masks of whole channels or filters are cheap: few units, and exact at every step.
         reused_weights = reused and self.granularity == "unstructured"
         # Wide enough to hold a threshold of any type that the input may have.
-        dtype = jnp.promote_types(self.kernel[...].dtype, jnp.float32)
+        dtype = jnp.promote_types(self.kernel.get_value().dtype, jnp.float32)
         zero = jnp.zeros((), dtype)
         budget = WeightBudget(jnp.asarray(keep, jnp.int32)) if dynamic_budget else None
         sparse_weights = dynamic_budget or weight_sparsity > 0
@@ -125,7 +125,7 @@ class _SwatLayer(nnx.Module):
 
     @property
     def _units(self) -> int:
-        return granularities.units(self.kernel[...].shape, self.granularity)
+        return granularities.units(self.kernel.get_value().shape, self.granularity)
 
     def weight_keep(self) -> Count:
         """How many units of the weights (see `granularity.units`) are kept."""
@@ -211,7 +211,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
         granularity: str = "unstructured",
         threshold_every_steps: int = 1,
         **kwargs: Any,
-    ):
+    ) -> None:
         # An own function that promotes types is obeyed; the stock one would round the kernel
         # before its mask is taken.
         kwargs.setdefault("promote_dtype", keep_kernel_dtype)
@@ -277,7 +277,7 @@ class SwatLinear(nnx.Linear, _SwatLayer):
         activation_sparsity: float | None = None,
         threshold_every_steps: int = 1,
         **kwargs: Any,
-    ):
+    ) -> None:
         kwargs.setdefault("promote_dtype", keep_kernel_dtype)
         refuse_own_product(kwargs, "dot_general")
         super().__init__(in_features, out_features, **kwargs)

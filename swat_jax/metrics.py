@@ -298,7 +298,9 @@ def layer_table(rows: Sequence[LayerRow], title: str = "Sparsity by layer") -> s
         "all",
         "",
         f"{weights:,}",
-        *(_percent(_mean(rows, name)) for name in LayerRow._fields[2:]),
+        *(_percent(_weight_mean(rows, name)) for name in LayerRow._fields[2:4]),
+        "-",
+        "-",
     ]
     return table(
         title,
@@ -394,13 +396,12 @@ def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
-def _mean(rows: Sequence[LayerRow], name: str) -> float | None:
-    """Over the layers that have it; weighted by the weights where it is about weights."""
-    known = [(row, getattr(row, name)) for row in rows if getattr(row, name) is not None]
-    if not known:
-        return None
-    shares = [math.prod(row.kernel_shape) if "weight" in name else 1 for row, _ in known]
-    return sum(s * v for s, (_, v) in zip(shares, known, strict=True)) / sum(shares)
+def _weight_mean(rows: Sequence[LayerRow], name: str) -> float | None:
+    """Over all weights of the layers that have the figure."""
+    known = [(math.prod(row.kernel_shape), getattr(row, name)) for row in rows]
+    known = [(size, value) for size, value in known if value is not None]
+    weights = sum(size for size, _ in known)
+    return sum(size * value for size, value in known) / weights if known else None
 
 
 def _step_of(line: str) -> float:

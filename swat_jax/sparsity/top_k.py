@@ -213,9 +213,7 @@ def _words(count: Count, two_words: bool) -> tuple[jax.Array, ...]:
     if count.shape == (2,):
         words = (count[0].astype(jnp.uint32), count[1].astype(jnp.uint32))
         # A high word means more than there is: the largest single word says the same.
-        return (
-            words if two_words else (jnp.where(words[0] > 0, jnp.uint32(2**32 - 1), words[1]),)
-        )
+        return words if two_words else (jnp.where(words[0] > 0, jnp.uint32(2**32 - 1), words[1]),)
     if count.shape != () or not jnp.issubdtype(count.dtype, jnp.integer):
         raise UsageError(
             "keep must be an int, an integer scalar or uint32[2] (high and low word), "

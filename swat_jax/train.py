@@ -1,0 +1,534 @@
+"""Training from a config to a hard-pruned, evaluated network; read it from top to bottom.
+
+Resuming goes in this order: the config is compared with the workdir's, the data are opened, the
+networks are built, the newest complete checkpoint replaces the initial state, metrics beyond it are
+dropped, and the data go on at its epoch and step. All randomness is a function of seed and step, so
+a resumed run computes what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from swat_jax import checkpoint, data, flops, metrics, pruning, step
+from swat_jax.data import Dataset, Split
+from swat_jax.errors import RunError, UsageError
+from swat_jax.step import Trainer, TrainState
+
+# Makes XLA choose the same deterministic GPU algorithms in every process.
+DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
+
+
+def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Trains, or goes on training, and evaluates.
+
+    Writes to ``workdir``: ``config.json``, ``metrics.jsonl``, ``tensorboard/``, ``checkpoints/``
+    and, at the end, ``result.json``.
+
+    Args:
+      config: with the keys of `swat_jax.recipe.base`.
+      workdir: the run's folder; made where it is missing.
+
+    Returns:
+      The contents of ``result.json``. Accuracies and sparsities are fractions.
+
+    Raises:
+      UsageError: a request that cannot be met; nothing was computed.
+      RunError: the loss is not finite, or the disk is full; the last checkpoint is good.
+
+    Example:
+      >>> from swat_jax import config_file
+      >>> config = config_file.load("configs/digits.py:u90")
+      >>> result = train_and_evaluate(config, "/tmp/digits")  # doctest: +SKIP
+    """
+    started = time.monotonic()
+    _check(config)
+    plain = json.loads(json.dumps(config.to_dict()))
+    workdir = _claim(Path(workdir), plain)
+    dataset = data.load(
+        config, process_index=jax.process_index(), process_count=jax.process_count()
+    )
+    trainer, make_state = step.make_trainer(config, dataset.info, step.make_mesh(config.devices))
+    best = config.checkpoint.select == "best_holdout"
+    feed = (_Resident if config.data.on_device else _Stream)(trainer, dataset)
+    report = _Report()
+
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(
+            checkpoint.Checkpointer(
+                workdir / "checkpoints",
+                keep=config.checkpoint.keep,
+                config=plain,
+                best_metric="holdout_accuracy" if best else None,
+            )
+        )
+        state = make_state()
+        restored = checkpointer.restore(state, refresh=("activation_thresholds",))
+        if restored is not None:
+            state = _resumed(trainer, restored)
+            report = dataclasses.replace(report, **restored.position["report"])
+        done = 0 if restored is None else restored.step
+        total = _total_steps(trainer)
+
+        if jax.process_index() == 0:
+            metrics.write_json(workdir / "config.json", plain)
+        writer = stack.enter_context(_open_writer(workdir))
+        if writer is not None:
+            writer.truncate(done)
+        progress = stack.enter_context(
+            metrics.Progress(
+                total,
+                done,
+                batch_size=config.batch_size,
+                steps_per_epoch=trainer.steps_per_epoch,
+                stream=None if jax.process_index() == 0 else open(os.devnull, "w"),  # noqa: SIM115
+            )
+        )
+        if restored is not None:
+            progress.message(f"resumed at step {done} from {checkpointer.directory}")
+
+        before = report.seconds - started
+        pending: list[step.Metrics] = []
+        logged, clock = done, _Clock()
+        while done < total:
+            state, values, count = feed.advance(state, done)
+            done += count
+            pending.append(values)
+            clock.add(values, count * config.batch_size)
+            epoch_end = done % trainer.steps_per_epoch == 0 or done == total
+            save_now = _is_multiple(done, config.checkpoint.every_steps)
+            if epoch_end or save_now or done - logged >= config.log.every_steps:
+                means = _means(pending)
+                pending, logged = [], done
+                if not math.isfinite(means["loss"]):
+                    raise RunError(_not_finite(means["loss"], done, checkpointer))
+                report.final_loss = means["loss"]
+                progress.update(done, loss=means["loss"], accuracy=means["accuracy"])
+                if writer is not None:
+                    writer.write(done, means)
+            scores: dict[str, float] = {}
+            epoch = -(-done // trainer.steps_per_epoch)
+            if epoch_end and (_is_multiple(epoch, config.eval.every_epochs) or done == total):
+                clock.pause()
+                scores = _evaluate_epoch(trainer, dataset, state, feed, report)
+                progress.message(_epoch_line(epoch, scores))
+                if writer is not None:
+                    writer.write(done, scores, kind="eval")
+            save_now |= epoch_end and _is_multiple(epoch, config.checkpoint.every_epochs)
+            if save_now or done == total:
+                clock.pause()
+                report.images, report.busy = report.images + clock.images, report.busy + clock.busy
+                clock = _Clock(warm=True)
+                report.seconds = before + time.monotonic()
+                position = {
+                    "epoch": done // trainer.steps_per_epoch,
+                    "step_in_epoch": done % trainer.steps_per_epoch,
+                    "report": dataclasses.asdict(report),
+                }
+                checkpointer.save(done, state, position, scores)
+
+        if best:
+            chosen = checkpointer.restore(state, best=True)
+            if chosen is not None:
+                state = chosen.state
+                progress.message(f"final scores are of step {chosen.step}, best on the holdout")
+        report.seconds = before + time.monotonic()
+        result = _final(trainer, dataset, state, feed, report)
+
+    if jax.process_index() == 0:
+        metrics.write_json(workdir / "result.json", result)
+    return result
+
+
+def layer_table(config: Any, result: dict[str, Any]) -> str:
+    """The per-layer table of a finished run: what was asked for beside what was measured."""
+    table = flops.network_table(
+        config.model.name,
+        num_classes=result["num_classes"],
+        image_shape=tuple(result["image_shape"]),
+    )
+    wanted = flops.sparsities(table, config.sparsity)
+    rows = []
+    for layer in {layer.path: layer for layer in table}.values():
+        measured = result["layers"].get(layer.path, {})
+        rows.append(
+            metrics.LayerRow(
+                layer.path,
+                layer.kernel_shape,
+                wanted.weight[layer.path],
+                measured.get("weight_sparsity"),
+                wanted.activation[layer.path],
+                measured.get("activation_sparsity"),
+            )
+        )
+    return metrics.layer_table(rows)
+
+
+class _Resident:
+    """Data that live on the device: many steps in one dispatch."""
+
+    def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
+        self._trainer = trainer
+        images, labels = dataset.arrays("train")
+        self._images = jax.device_put(images, trainer.replicated)
+        self._labels = jax.device_put(labels, trainer.replicated)
+        self._epoch: int | None = None
+        self._chunk = _steps_per_dispatch(trainer)
+
+    def advance(self, state: TrainState, done: int) -> tuple[TrainState, step.Metrics, int]:
+        """Does the steps up to the next point at which the host has something to do."""
+        per_epoch = self._trainer.steps_per_epoch
+        epoch, position = divmod(done, per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._trainer.epoch_order(epoch)
+        every = self._trainer.config.checkpoint.every_steps
+        # Where a dispatch ends depends on the step alone, so a resumed run cuts as the first did.
+        stops = [
+            done + self._chunk - position % self._chunk,
+            (epoch + 1) * per_epoch,
+            _total_steps(self._trainer),
+            *([done + every - done % every] if every else []),
+        ]
+        count = min(stops) - done
+        state, values = self._trainer.train_steps(
+            state, self._images, self._labels, self._order, count
+        )
+        return state, values, count
+
+    def sample(self) -> tuple[jax.Array, jax.Array]:
+        """One training batch, to measure sparsity on."""
+        batch = self._trainer.config.batch_size
+        order = self._trainer.epoch_order(self._epoch or 0)
+        rows = np.asarray(order)[:batch]
+        images, labels = self._images[rows], self._labels[rows]
+        sharded = self._trainer.sharded
+        return jax.device_put(images, sharded), jax.device_put(labels, sharded)
+
+
+class _Stream:
+    """Data that come from the host, batch by batch."""
+
+    def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
+        self._trainer = trainer
+        self._dataset = dataset
+        self._batches: Iterator[data.Batch] = iter(())
+        self._next_step: int | None = None
+        self._last: tuple[jax.Array, jax.Array] | None = None
+
+    def advance(self, state: TrainState, done: int) -> tuple[TrainState, step.Metrics, int]:
+        """Does one step."""
+        epoch, position = divmod(done, self._trainer.steps_per_epoch)
+        if position == 0 or self._next_step != done:
+            self._batches = self._dataset.train(epoch, position)
+        batch = next(self._batches)
+        self._last = step.put_batch(self._trainer, batch["image"], batch["label"])
+        self._next_step = done + 1
+        state, values = self._trainer.train_step(state, *self._last)
+        return state, jax.tree.map(lambda value: value[None], values), 1
+
+    def sample(self) -> tuple[jax.Array, jax.Array]:
+        """The last training batch, to measure sparsity on."""
+        if self._last is None:  # a run that was finished before
+            batch = next(self._dataset.train(0))
+            self._last = step.put_batch(self._trainer, batch["image"], batch["label"])
+        return self._last
+
+
+@dataclasses.dataclass
+class _Report:
+    """What a run adds up for its result; part of every checkpoint's position."""
+
+    seconds: float = 0.0  # wall time of all processes of the run, one after the other
+    images: int = 0  # trained on while `busy` ran
+    busy: float = 0.0  # seconds of training steps, without compilation, evaluation and saving
+    final_loss: float | None = None
+    flop_reduction: float = 0.0  # sum over the measurements, percent
+    measurements: int = 0
+
+
+class _Clock:
+    """Times training steps; the first dispatch of a process, which compiles, is left out."""
+
+    def __init__(self, warm: bool = False) -> None:
+        self._warm = warm
+        self._since: float | None = None
+        self._last: Any = None
+        self.images = 0
+        self.busy = 0.0
+
+    def add(self, values: step.Metrics, images: int) -> None:
+        if not self._warm:
+            jax.block_until_ready(values)
+            self._warm = True
+            self._since = time.monotonic()
+            return
+        if self._since is None:
+            self._since = time.monotonic()
+            return  # its start was not seen
+        self._last = values
+        self.images += images
+
+    def pause(self) -> None:
+        """Waits for the work that was dispatched; what comes next is not timed."""
+        if self._since is not None:
+            jax.block_until_ready(self._last)
+            self.busy += time.monotonic() - self._since
+        self._since = None
+
+
+def _evaluate_epoch(
+    trainer: Trainer,
+    dataset: Dataset,
+    state: TrainState,
+    feed: _Resident | _Stream,
+    report: _Report,
+) -> dict[str, float]:
+    """Scores under exact masks, and the sparsity of a training batch."""
+    params = trainer.prune(state)
+    test = evaluate(trainer, dataset, "test", params, state["batch_stats"])
+    scores = {f"test_{name}": value for name, value in test.items()}
+    if dataset.info.num_holdout:
+        held = evaluate(trainer, dataset, "holdout", params, state["batch_stats"])
+        scores |= {f"holdout_{name}": value for name, value in held.items()}
+    measured = _measure(trainer, state, feed)
+    report.flop_reduction += measured.flop_reduction
+    report.measurements += 1
+    return scores | {
+        "weight_sparsity": measured.weight_sparsity,
+        "activation_sparsity": measured.activation_sparsity,
+        "training_flop_reduction": report.flop_reduction / report.measurements,
+    }
+
+
+def evaluate(
+    trainer: Trainer, dataset: Dataset, split: Split, params: Any, batch_stats: Any
+) -> dict[str, float]:
+    """Scores of weights, as they are, in the dense network.
+
+    Args:
+      trainer: from `step.make_trainer`.
+      dataset: where the split is from.
+      split: "train", "holdout" or "test".
+      params: weights.
+      batch_stats: running averages of batch norm.
+
+    Returns:
+      ``loss`` (mean cross-entropy), ``accuracy`` (top-1) and ``top5_accuracy``, as fractions.
+    """
+    sums: dict[str, float] = {"count": 0, "loss": 0, "correct": 0, "correct_top5": 0}
+    pending = [
+        trainer.eval_step(params, batch_stats, *step.put_batch(trainer, b["image"], b["label"]))
+        for b in dataset.evaluate(split)
+    ]
+    for values in jax.device_get(pending):
+        for name, value in values.items():
+            sums[name] += float(value)
+    return {
+        "loss": sums["loss"] / sums["count"],
+        "accuracy": sums["correct"] / sums["count"],
+        "top5_accuracy": sums["correct_top5"] / sums["count"],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    layers: dict[str, dict[str, float]]
+    weight_sparsity: float
+    activation_sparsity: float
+    flop_reduction: float
+
+
+def _measure(trainer: Trainer, state: TrainState, feed: _Resident | _Stream) -> _Measured:
+    """Zeros in weights and saved inputs, as one training batch has them."""
+    table = _flop_table(trainer)
+    found = jax.device_get(trainer.measure(state, *feed.sample()))
+    weight = {layer.path: 0.0 for layer in table}
+    activation = dict(weight)
+    for path, (zeros, saved_zeros) in found.items():
+        weight[path], activation[path] = float(zeros), float(saved_zeros)
+    return _Measured(
+        layers={
+            path: {"weight_sparsity": weight[path], "activation_sparsity": activation[path]}
+            for path in found
+        },
+        weight_sparsity=flops.mean_weight_sparsity(table, weight) / 100,
+        activation_sparsity=flops.mean_activation_sparsity(table, activation) / 100,
+        flop_reduction=flops.training_flop_reduction(table, weight, activation),
+    )
+
+
+def _final(
+    trainer: Trainer,
+    dataset: Dataset,
+    state: TrainState,
+    feed: _Resident | _Stream,
+    report: _Report,
+) -> dict[str, Any]:
+    pruned = trainer.prune(state)
+    candidates = {
+        "test_accuracy": trainer.mask_as_stored(state),
+        "pruned_test_accuracy": pruned,
+        "dense_master_accuracy": state["params"],
+    }
+    result: dict[str, Any] = {}
+    for name, params in candidates.items():
+        scores = evaluate(trainer, dataset, "test", params, state["batch_stats"])
+        result[name] = scores["accuracy"]
+        result[name.replace("accuracy", "top5_accuracy")] = scores["top5_accuracy"]
+    measured = _measure(trainer, state, feed)
+    zeros, _ = pruning.count_zeros(trainer.layers, pruned)
+    table = {layer.path: layer for layer in _flop_table(trainer)}
+    weights = sum(layer.weights for layer in table.values())
+    config, info = trainer.config, trainer.info
+    planned = flops.sparsities(_flop_table(trainer), config.sparsity)
+    device = trainer.mesh.devices.flat[0]
+    return result | {
+        "final_loss": report.final_loss,
+        "weight_sparsity": zeros / weights,
+        "activation_sparsity": measured.activation_sparsity,
+        "training_flop_reduction": report.flop_reduction / max(report.measurements, 1),
+        "planned_training_flop_reduction": flops.training_flop_reduction(
+            _flop_table(trainer), planned.weight, planned.activation
+        ),
+        "seconds": report.seconds,
+        "images_per_second": report.images / report.busy if report.busy else None,
+        "steps": int(state["step"]),
+        "dataset": config.dataset,
+        "network": config.model.name,
+        "method": config.sparsity.method,
+        "seed": config.seed,
+        "num_classes": info.num_classes,
+        "image_shape": list(info.image_shape),
+        "layers": measured.layers,
+        "device": f"{trainer.mesh.size} x {device.device_kind} ({device.platform})",
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")
+        },
+    }
+
+
+def _flop_table(trainer: Trainer) -> list[flops.Layer]:
+    return flops.network_table(
+        trainer.config.model.name,
+        num_classes=trainer.info.num_classes,
+        image_shape=trainer.info.image_shape,
+    )
+
+
+def _resumed(trainer: Trainer, restored: checkpoint.Restored) -> TrainState:
+    state = dict(restored.state)
+    if restored.refreshed:
+        # Another number of devices: every threshold is recomputed at the next step.
+        stale = np.ones((), bool)
+        state["stale"] = jax.device_put(stale, trainer.replicated)
+    return state
+
+
+def _claim(workdir: Path, config: dict[str, Any]) -> Path:
+    """Refuses a workdir that is no folder or belongs to another run."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UsageError(f"--workdir must be a folder, got the file {workdir}")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return workdir
+    except OSError as error:
+        raise UsageError(f"--workdir {workdir} cannot be used: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(
+            f"{workdir / 'config.json'} is not JSON; use another --workdir, or delete that file"
+        ) from error
+    checkpoint.check_same_run(saved, config, where=f"--workdir {workdir}")
+    return workdir
+
+
+def _check(config: Any) -> None:
+    """Refuses what no later check would catch before the work starts."""
+    select = config.checkpoint.select
+    if select not in ("last", "best_holdout"):
+        raise UsageError(
+            f"config.checkpoint.select must be 'last' or 'best_holdout', got {select!r}"
+        )
+    if select == "best_holdout" and not config.data.holdout:
+        raise UsageError(
+            "config.checkpoint.select 'best_holdout' needs config.data.holdout above 0: "
+            "the part of the training set to choose by"
+        )
+    for key in ("max_steps", "steps_per_dispatch", "devices"):
+        value = config[key]
+        if value is not None and (isinstance(value, bool) or value < 1):
+            raise UsageError(f"config.{key} must be a whole number >= 1, got {value!r}")
+    missing = DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", "")
+    if config.deterministic and missing and jax.default_backend() == "gpu":
+        raise UsageError(
+            "config.deterministic needs the environment variable "
+            f"XLA_FLAGS='{DETERMINISTIC_FLAGS}' before JAX starts"
+        )
+
+
+def _open_writer(workdir: Path) -> Any:
+    if jax.process_index() == 0:
+        return metrics.MetricsWriter(workdir)
+    return contextlib.nullcontext()
+
+
+def _steps_per_dispatch(trainer: Trainer) -> int:
+    """How many steps run without the host: on a CPU one, since XLA is slow in loops there."""
+    chosen = trainer.config.steps_per_dispatch
+    if chosen is not None:
+        return chosen
+    if trainer.mesh.devices.flat[0].platform == "cpu":
+        return 1
+    steps = trainer.steps_per_epoch
+    # A divisor of the epoch means one length, so one compilation.
+    divisors = [n for n in range(1, min(steps, 100) + 1) if steps % n == 0]
+    return divisors[-1] if divisors[-1] >= 10 else min(steps, 50)
+
+
+def _total_steps(trainer: Trainer) -> int:
+    config = trainer.config
+    steps = config.epochs * trainer.steps_per_epoch
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def _is_multiple(number: int, of: int) -> bool:
+    return of > 0 and number % of == 0
+
+
+def _means(pending: list[step.Metrics]) -> dict[str, float]:
+    fetched = jax.device_get(pending)
+    return {
+        name: float(np.mean(np.concatenate([values[name] for values in fetched])))
+        for name in fetched[0]
+    }
+
+
+def _epoch_line(epoch: int, scores: dict[str, float]) -> str:
+    return (
+        f"epoch {epoch}: test accuracy {scores['test_accuracy']:.2%} (pruned)"
+        f"  zeros in weights {scores['weight_sparsity']:.1%}"
+        f", in saved activations {scores['activation_sparsity']:.1%}"
+        f"  training FLOPs saved so far {scores['training_flop_reduction']:.1f} %"
+    )
+
+
+def _not_finite(loss: float, done: int, checkpointer: checkpoint.Checkpointer) -> str:
+    steps = checkpointer.steps()
+    kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was saved"
+    return (
+        f"the loss is {loss} at step {done}; {kept}; lower config.optimizer.learning_rate, "
+        "or set config.precision to float32"
+    )
