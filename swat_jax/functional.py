@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from swat_jax import kernels
@@ -108,13 +109,14 @@ def swat_conv(
         )
     conv = _Convolution(
         strides=_per_axis(strides, spatial, "strides"),
-        padding=padding if isinstance(padding, str) else tuple((a, b) for a, b in padding),
+        padding=_padding(padding, spatial),
         input_dilation=_per_axis(input_dilation, spatial, "input_dilation"),
         kernel_dilation=_per_axis(kernel_dilation, spatial, "kernel_dilation"),
         feature_group_count=groups,
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
+    _check_floats("kernel", kernel)
     units = granularities.units(kernel.shape, granularity)
     weights = _selection("weight", weight_sparsity, weight_keep, weight_threshold, units)
     activations = _activation_selection(
@@ -168,6 +170,7 @@ def swat_linear(
             "x must be (..., in) and kernel (in, out) with the same in; "
             f"got shapes {x.shape} and {kernel.shape}"
         )
+    _check_floats("kernel", kernel)
     product = _MatrixProduct(precision, preferred_element_type)
     weights = _selection("weight", weight_sparsity, weight_keep, weight_threshold, kernel.size)
     activations = _activation_selection(
@@ -241,6 +244,8 @@ def _selection(
     """Checks what was asked for and brings it into one form."""
     if sparsity is not None and keep is not None:
         raise UsageError(f"give {name}_sparsity or {name}_keep, not both: {sparsity}, {keep}")
+    if isinstance(keep, np.integer):
+        keep = int(keep)
     if sparsity is not None:
         keep = top_k.keep_count(sparsity, size, argument=f"{name}_sparsity")
     elif isinstance(keep, int) and not 1 <= keep <= size:
@@ -263,8 +268,7 @@ def _activation_selection(
     keep: Count | None,
     threshold: jax.Array | float | None,
 ) -> _Selection:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UsageError(f"x must be an array of floats, got {x.dtype}")
+    _check_floats("x", x)
     if packed is None:
         return _selection("activation", sparsity, keep, threshold, x.size)
     if packed.shape != x.shape or packed.dtype != x.dtype:
@@ -360,6 +364,25 @@ def _product_backward(
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _check_floats(name: str, value: jax.Array) -> None:
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UsageError(f"{name} must be an array of floats, got {value.dtype}")
+
+
+def _padding(padding: Padding, axes: int) -> str | tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        if padding.upper() in ("SAME", "SAME_LOWER", "VALID"):
+            return padding.upper()
+    elif isinstance(padding, Sequence) and len(padding) == axes:
+        pairs = [tuple(pair) for pair in padding if isinstance(pair, Sequence)]
+        if len(pairs) == axes and all(len(pair) == 2 for pair in pairs):
+            return tuple((int(low), int(high)) for low, high in pairs)
+    raise UsageError(
+        f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or {axes} pairs (low, high), one per "
+        f"spatial axis; got {padding!r}"
+    )
 
 
 def _per_axis(value: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:

@@ -109,8 +109,7 @@ class _SwatLayer(nnx.Module):
         # Masks of whole channels or filters are cheap: few units, and exact at every step.
         reused_weights = reused and self.granularity == "unstructured"
         # Wide enough to hold a threshold of any type that the input may have.
-        dtype = jnp.promote_types(self.kernel.get_value().dtype, jnp.float32)
-        zero = jnp.zeros((), dtype)
+        zero = jnp.zeros((), jax.dtypes.canonicalize_dtype(jnp.float64))
         budget = WeightBudget(jnp.asarray(keep, jnp.int32)) if dynamic_budget else None
         sparse_weights = dynamic_budget or weight_sparsity > 0
         weights = WeightThreshold(zero) if reused_weights and sparse_weights else None

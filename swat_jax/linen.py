@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.linen.dtypes import canonicalize_dtype
+from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 
 from swat_jax import kernels
 from swat_jax.errors import UsageError
@@ -139,25 +139,25 @@ def _selection(
     deterministic: bool | None = None,
 ) -> dict[str, Any]:
     """The arguments that say to `functional` what is kept, after a refresh if one is due."""
-    # A call may leave the choice to the field, which is never unset.
-    if layer.deterministic if deterministic is None else deterministic:
-        return {"weight_sparsity": layer.weight_sparsity, "activation_sparsity": 0.0}
     activation_sparsity = layer.activation_sparsity
     if activation_sparsity is None:
         activation_sparsity = layer.weight_sparsity
-    sparsities = {
-        "weight_sparsity": layer.weight_sparsity,
-        "activation_sparsity": activation_sparsity,
-    }
-    period = thresholds.check_period(getattr(layer, "threshold_every_steps", 1))
-    if period == 1:
-        return sparsities
     units = granularities.units(kernel.shape, granularity)
     weight_keep = top_k.keep_count(layer.weight_sparsity, units, argument="weight_sparsity")
     activation_keep = top_k.keep_count(activation_sparsity, x.size, argument="activation_sparsity")
+    period = thresholds.check_period(getattr(layer, "threshold_every_steps", 1))
+    # A call may leave the choice to the field, which is never unset.
+    evaluating = layer.deterministic if deterministic is None else deterministic
+    sparsities: dict[str, Any] = {
+        "weight_sparsity": layer.weight_sparsity,
+        "activation_sparsity": 0.0 if evaluating else activation_sparsity,
+    }
+    if evaluating or period == 1:
+        return sparsities
     age = layer.variable("thresholds", "age", jnp.zeros, (), jnp.int32)
     due = age.value == 0
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    # Wide enough to hold a threshold of any type that the input may have.
+    dtype = jax.dtypes.canonicalize_dtype(jnp.float64)
 
     def reuse(name: str, compute: Callable[[], jax.Array]) -> jax.Array:
         stored = layer.variable("thresholds", name, jnp.zeros, (), dtype)
@@ -184,7 +184,7 @@ def _stock_fields(layer: nn.Module, stock: type[nn.Module], **own: Any) -> dict[
     """The fields of ``layer`` that ``stock`` has too, with ``own`` in their place where given."""
     names = {field.name for field in dataclasses.fields(stock) if field.init}
     fields = {name: getattr(layer, name) for name in names - {"parent", "name"}}
-    if fields["promote_dtype"] is nn.dtypes.promote_dtype:
+    if fields["promote_dtype"] is promote_dtype:
         fields["promote_dtype"] = _keep_kernel_dtype
     return fields | own
 

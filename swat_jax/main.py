@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
             print(__doc__)
             return 0
         if values["list"].value:
-            listing.print_rows(values["json"].value)
+            listing.print_rows(bool(values["json"].value))
             return 0
         if config is None:
             raise UsageError("--config is missing: give a file, such as configs/digits.py:u90")

@@ -90,8 +90,11 @@ def pack(x: jax.Array, threshold: jax.Array | float, capacity: int) -> Packed:
         wanted > capacity, lambda: top_k.threshold(x, capacity).astype(wide), lambda: limit
     )
     flags = top_k.mask(x, limit).ravel()
+    # What is larger than the threshold always fits; ties take what room there is, in order.
+    ties = flags & (top_k.magnitude_in(x, wide) == top_k.magnitude_in(limit, wide)).ravel()
+    room = capacity - jnp.sum(flags & ~ties, dtype=jnp.uint32)
+    flags &= ~ties | (jnp.cumsum(ties, dtype=jnp.uint32) <= room)
     position = jnp.cumsum(flags, dtype=jnp.uint32) - flags
-    flags &= position < capacity
     # What is not kept is sent out of bounds, where a scatter drops it.
     target = jnp.where(flags, position, capacity)
     values = varying_like(jnp.zeros(capacity, x.dtype), x).at[target].set(x.ravel(), mode="drop")

@@ -59,7 +59,7 @@ def check_sparsity(sparsity: float | str, argument: str = "sparsity") -> Fractio
     """The exact decimal value of a sparsity, or a `UsageError` if it is not in ``[0, 1)``."""
     try:
         value = Fraction(str(sparsity))
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         value = None
     if value is None or not 0 <= value < 1:
         raise UsageError(
@@ -86,6 +86,18 @@ def magnitude(x: jax.Array) -> jax.Array:
     unsigned = jnp.dtype(f"uint{info.bits}")
     bits = lax.bitcast_convert_type(x, unsigned) & jnp.array(2 ** (info.bits - 1) - 1, unsigned)
     return jnp.minimum(bits, jnp.array(_nan_magnitude(dtype), unsigned))
+
+
+def magnitude_in(x: jax.Array, wide: jnp.dtype) -> jax.Array:
+    """`magnitude` of ``x`` after an exact conversion to ``wide``, at least as wide a type."""
+    if x.dtype == wide or jnp.finfo(wide).bits < 64:
+        return magnitude(x.astype(wide))
+    # XLA may take subnormals for 0 on the way to float64, where they are ordinary numbers.
+    info = jnp.finfo(x.dtype)
+    bits = magnitude(x)
+    subnormal = bits.astype(wide) * float(info.smallest_subnormal)
+    ordinary = bits >= jnp.array(2**info.nmant, bits.dtype)
+    return magnitude(jnp.where(ordinary, x.astype(wide), subnormal))
 
 
 def threshold(x: jax.Array, keep: Count) -> jax.Array:
@@ -141,9 +153,7 @@ def mask(x: jax.Array, threshold: jax.Array | float) -> jax.Array:
     if not jnp.issubdtype(limit.dtype, jnp.floating):
         limit = limit.astype(x.dtype)
     wide = jnp.promote_types(x.dtype, limit.dtype)
-    # The comparison happens in the wide type; whether a value is zero is decided before.
-    reached = magnitude(x.astype(wide)) >= magnitude(limit.astype(wide))
-    return reached & (magnitude(x) != 0)
+    return (magnitude_in(x, wide) >= magnitude_in(limit, wide)) & (magnitude(x) != 0)
 
 
 def sparsify(x: jax.Array, threshold: jax.Array | float) -> jax.Array:
