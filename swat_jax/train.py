@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ from swat_jax import checkpoint, data, flops, metrics, pruning, step
 from swat_jax.data import Dataset, Split
 from swat_jax.errors import RunError, UsageError
 from swat_jax.step import Trainer, TrainState
+
+# How many of a run's last rates its images per second are the median of.
+_MOST_RATES = 1000
 
 # Makes XLA choose the same deterministic GPU algorithms in every process.
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
@@ -101,17 +105,18 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
 
         before = report.seconds - started
         pending: list[step.Metrics] = []
-        logged, clock = done, _Clock()
+        logged, since = done, time.monotonic()
         while done < total:
             state, values, count = feed.advance(state, done)
             done += count
             pending.append(values)
-            clock.add(values, count * config.batch_size)
             epoch_end = done % trainer.steps_per_epoch == 0 or done == total
             save_now = _is_multiple(done, config.checkpoint.every_steps)
             if epoch_end or save_now or done - logged >= config.log.every_steps:
-                means = _means(pending)
-                pending, logged = [], done
+                means = _means(pending)  # waits for the steps
+                rate = (done - logged) * config.batch_size / (time.monotonic() - since)
+                report.rates = [*report.rates, rate][-_MOST_RATES:]
+                pending, logged, since = [], done, time.monotonic()
                 if not math.isfinite(means["loss"]):
                     raise RunError(_not_finite(means["loss"], done, checkpointer))
                 report.final_loss = means["loss"]
@@ -121,16 +126,12 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
             scores: dict[str, float] = {}
             epoch = -(-done // trainer.steps_per_epoch)
             if epoch_end and (_is_multiple(epoch, config.eval.every_epochs) or done == total):
-                clock.pause()
                 scores = _evaluate_epoch(trainer, dataset, state, feed, report)
                 progress.message(_epoch_line(epoch, scores))
                 if writer is not None:
                     writer.write(done, scores, kind="eval")
             save_now |= epoch_end and _is_multiple(epoch, config.checkpoint.every_epochs)
             if save_now or done == total:
-                clock.pause()
-                report.images, report.busy = report.images + clock.images, report.busy + clock.busy
-                clock = _Clock(warm=True)
                 report.seconds = before + time.monotonic()
                 position = {
                     "epoch": done // trainer.steps_per_epoch,
@@ -138,6 +139,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                     "report": dataclasses.asdict(report),
                 }
                 checkpointer.save(done, state, position, scores)
+            if scores or save_now:
+                since = time.monotonic()  # the rate is that of training alone
 
         if best:
             chosen = checkpointer.restore(state, best=True)
@@ -251,41 +254,10 @@ class _Report:
     """What a run adds up for its result; part of every checkpoint's position."""
 
     seconds: float = 0.0  # wall time of all processes of the run, one after the other
-    images: int = 0  # trained on while `busy` ran
-    busy: float = 0.0  # seconds of training steps, without compilation, evaluation and saving
+    rates: list[float] = dataclasses.field(default_factory=list)  # images/s between two logs
     final_loss: float | None = None
     flop_reduction: float = 0.0  # sum over the measurements, percent
     measurements: int = 0
-
-
-class _Clock:
-    """Times training steps; the first dispatch of a process, which compiles, is left out."""
-
-    def __init__(self, warm: bool = False) -> None:
-        self._warm = warm
-        self._since: float | None = None
-        self._last: Any = None
-        self.images = 0
-        self.busy = 0.0
-
-    def add(self, values: step.Metrics, images: int) -> None:
-        if not self._warm:
-            jax.block_until_ready(values)
-            self._warm = True
-            self._since = time.monotonic()
-            return
-        if self._since is None:
-            self._since = time.monotonic()
-            return  # its start was not seen
-        self._last = values
-        self.images += images
-
-    def pause(self) -> None:
-        """Waits for the work that was dispatched; what comes next is not timed."""
-        if self._since is not None:
-            jax.block_until_ready(self._last)
-            self.busy += time.monotonic() - self._since
-        self._since = None
 
 
 def _evaluate_epoch(
@@ -403,7 +375,8 @@ def _final(
             _flop_table(trainer), planned.weight, planned.activation
         ),
         "seconds": report.seconds,
-        "images_per_second": report.images / report.busy if report.busy else None,
+        # The median does not see the few stretches that compile.
+        "images_per_second": statistics.median(report.rates) if report.rates else None,
         "steps": int(state["step"]),
         "dataset": config.dataset,
         "network": config.model.name,
