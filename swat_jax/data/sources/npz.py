@@ -64,7 +64,9 @@ def _read(path: pathlib.Path) -> list[tuple[str, Any]]:
     if not path.is_file():
         raise UsageError(f"config.data.data_dir: source 'npz' needs a file, got {str(path)!r}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves a file open that turns out to be broken.
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise UsageError(f"config.data.data_dir: {path} is no .npz file")
             for names in KEYS:
