@@ -146,10 +146,6 @@ def _open(name: str, data_dir: pathlib.Path) -> Any:
     tfds = tensorflow_datasets()
     try:
         return tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
-    except ValueError as error:
-        raise UsageError(
-            f"config.data.name: must look like NAME, NAME/CONFIG or NAME:VERSION, got {name!r}"
-        ) from error
     except tfds.core.registered.DatasetNotFoundError as error:
         known = tfds.list_builders(with_community_datasets=False)
         base = name.split("/")[0].split(":")[0]
@@ -165,6 +161,10 @@ def _open(name: str, data_dir: pathlib.Path) -> Any:
             ) from error
         raise UsageError(
             f"config.data.data_dir: {name} is not prepared in {data_dir}; {fix}"
+        ) from error
+    except ValueError as error:  # the base of DatasetNotFoundError, so it comes last
+        raise UsageError(
+            f"config.data.name: must look like NAME, NAME/CONFIG or NAME:VERSION, got {name!r}"
         ) from error
 
 
