@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from swat_jax import flops, models
+from swat_jax import flops, kernels, models
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.models import LayerTypes
@@ -39,7 +39,7 @@ def build(
       >>> model.stage1[0].conv1.weight_sparsity
       0.9
     """
-    check_sparsity(config.sparsity)
+    check(config)
     if config.sparsity.distribution == "dense":
         return _create(config, num_classes, image_shape, LayerTypes(), rngs)
     conv = functools.partial(SwatConv, granularity=config.sparsity.granularity)
@@ -70,6 +70,21 @@ def sparse_layers(model: nnx.Module) -> Iterator[tuple[str, SwatConv | SwatLinea
             yield "/".join(map(str, path)), module
 
 
+def check(config: Any) -> None:
+    """Refuses a network that cannot be had, before its data are opened or anything is built.
+
+    Raises:
+      UsageError: names the key, what it is and what is allowed.
+    """
+    check_sparsity(config.sparsity)
+    if config.precision not in PRECISIONS:
+        raise UsageError(
+            f"config.precision must be one of {', '.join(PRECISIONS)}; got {config.precision!r}"
+        )
+    models.check(config.model.name, config.model.dropout_rate)
+    kernels.backend()
+
+
 def check_sparsity(sparsity: Any) -> None:
     """Refuses a `config.sparsity` that no network can meet.
 
@@ -93,6 +108,16 @@ def check_sparsity(sparsity: Any) -> None:
     exact = sparsity.exact_epochs
     if isinstance(exact, bool) or not isinstance(exact, int) or exact < 0:
         raise UsageError(f"{key}exact_epochs must be a whole number >= 0, got {exact!r}")
+    if sparsity.distribution == "dense" and (sparsity.weight or sparsity.activation):
+        raise UsageError(
+            f"{key}weight and {key}activation must be 0 with the distribution dense, got "
+            f"{sparsity.weight} and {sparsity.activation}; --config FILE:dense sets all three"
+        )
+    if sparsity.distribution in ("erk", "momentum") and sparsity.first_layer_dense:
+        raise UsageError(
+            f"{key}first_layer_dense must be False with the distribution {sparsity.distribution}, "
+            f"which decides about every layer, got {sparsity.first_layer_dense!r}"
+        )
     if sparsity.distribution == "momentum":
         if sparsity.granularity != "unstructured":
             raise UsageError(
@@ -113,10 +138,6 @@ def _create(
     layers: LayerTypes,
     rngs: nnx.Rngs,
 ) -> nnx.Module:
-    if config.precision not in PRECISIONS:
-        raise UsageError(
-            f"config.precision must be one of {', '.join(PRECISIONS)}; got {config.precision!r}"
-        )
     return models.create(
         config.model.name,
         num_classes=num_classes,

@@ -47,7 +47,13 @@ def make_mesh(devices: int | None = None) -> Mesh:
     Raises:
       UsageError: if there are not as many.
     """
-    available = jax.devices()
+    try:
+        available = jax.devices()
+    except RuntimeError as error:
+        reason = "; ".join(str(error).splitlines())
+        raise UsageError(
+            f"JAX has no device here, check the environment variable JAX_PLATFORMS: {reason}"
+        ) from error
     count = len(available) if devices is None else devices
     if not 1 <= count <= len(available):
         raise UsageError(
@@ -340,7 +346,11 @@ def make_trainer(config: Any, info: Info, mesh: Mesh) -> tuple[Trainer, Callable
     Raises:
       UsageError: a config value that cannot be met.
     """
-    _check(config, info, mesh)
+    check(config, mesh)
+    if info.num_train < config.batch_size:
+        raise UsageError(
+            f"config.batch_size is {config.batch_size}, but there are {info.num_train} images"
+        )
     facts = {"num_classes": info.num_classes, "image_shape": info.image_shape}
 
     def initial(seed: int) -> nnx.Module:
@@ -394,7 +404,16 @@ def put_batch(trainer: Trainer, images: Any, labels: Any) -> tuple[jax.Array, ja
     return put(images), put(labels)
 
 
-def _check(config: Any, info: Info, mesh: Mesh) -> None:
+def check(config: Any, mesh: Mesh) -> None:
+    """Refuses what cannot be trained, as far as it shows without the data.
+
+    Args:
+      config: with the keys of `swat_jax.recipe.base`.
+      mesh: from `make_mesh`.
+
+    Raises:
+      UsageError: names the key, what it is and what is allowed.
+    """
     for key, value, lowest in _counts(config):
         if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
             raise UsageError(f"config.{key} must be a whole number >= {lowest}, got {value!r}")
@@ -403,13 +422,12 @@ def _check(config: Any, info: Info, mesh: Mesh) -> None:
             f"config.batch_size must be divisible by the {mesh.size} devices, got "
             f"{config.batch_size}; change it or config.devices"
         )
-    if info.num_train < config.batch_size:
-        raise UsageError(
-            f"config.batch_size is {config.batch_size}, but there are {info.num_train} images"
-        )
     smoothing = config.label_smoothing
     if not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
         raise UsageError(f"config.label_smoothing must be in [0, 1), got {smoothing!r}")
+    build.check(config)
+    schedule = optimizer.learning_rate_schedule(config.optimizer, 1, config.epochs)
+    optimizer.create(config.optimizer, schedule, {})
 
 
 def _counts(config: Any) -> Sequence[tuple[str, Any, int]]:

@@ -1,9 +1,10 @@
 """Training from a config to a hard-pruned, evaluated network; read it from top to bottom.
 
-Resuming goes in this order: the config is compared with the workdir's, the data are opened, the
-networks are built, the newest complete checkpoint replaces the initial state, metrics beyond it are
-dropped, and the data go on at its epoch and step. All randomness is a function of seed and step, so
-a resumed run computes what an uninterrupted one would have.
+The config is checked, and compared with that of the workdir, before anything is opened, computed
+or written. Then resuming goes in this order: the data are opened, the networks are built, the
+newest complete checkpoint replaces the initial state, metrics beyond it are dropped, and the data
+go on at its epoch and step. All randomness is a function of seed and step, so a resumed run
+computes what an uninterrupted one would have.
 """
 
 from __future__ import annotations
@@ -60,11 +61,14 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
     started = time.monotonic()
     _check(config)
     plain = json.loads(json.dumps(config.to_dict()))
-    workdir = _claim(Path(workdir), plain)
+    workdir = Path(workdir)
+    _check_workdir(workdir, plain)
+    mesh = step.make_mesh(config.devices)
+    step.check(config, mesh)
     dataset = data.load(
         config, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    trainer, make_state = step.make_trainer(config, dataset.info, step.make_mesh(config.devices))
+    trainer, make_state = step.make_trainer(config, dataset.info, mesh)
     best = config.checkpoint.select == "best_holdout"
     feed = (_Resident if config.data.on_device else _Stream)(trainer, dataset)
     report = _Report()
@@ -409,23 +413,29 @@ def _resumed(trainer: Trainer, restored: checkpoint.Restored) -> TrainState:
     return state
 
 
-def _claim(workdir: Path, config: dict[str, Any]) -> Path:
-    """Refuses a workdir that is no folder or belongs to another run."""
-    if workdir.exists() and not workdir.is_dir():
-        raise UsageError(f"--workdir must be a folder, got the file {workdir}")
+def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
+    """Refuses a workdir that is no folder, cannot be written or belongs to another run."""
+    # Of a workdir that is yet to be made, the folder that it will be made in.
+    present = next(path for path in (workdir, *workdir.absolute().parents) if os.path.lexists(path))
+    if not present.is_dir():
+        raise UsageError(f"--workdir must be a folder, got {workdir}: {present} is none")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise UsageError(f"--workdir {workdir} cannot be written: no permission in {present}")
+    file = workdir / "config.json"
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        saved = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return workdir
+        return
     except OSError as error:
-        raise UsageError(f"--workdir {workdir} cannot be used: {error.strerror}") from error
-    except ValueError as error:
+        raise UsageError(f"--workdir: cannot read {file}: {error.strerror}") from error
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
         raise UsageError(
-            f"{workdir / 'config.json'} is not JSON; use another --workdir, or delete that file"
-        ) from error
+            f"--workdir: {file} is not the config of a run; use another --workdir, or delete that "
+            "file: checkpoints hold the config too"
+        )
     checkpoint.check_same_run(saved, config, where=f"--workdir {workdir}")
-    return workdir
 
 
 def _check(config: Any) -> None:

@@ -90,6 +90,28 @@ def names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
+def check(name: str, dropout_rate: float | None = None) -> None:
+    """Refuses what `create` would refuse, without building anything.
+
+    Args:
+      name: one of `names()`.
+      dropout_rate: replaces the network's own rate; None keeps it.
+
+    Raises:
+      UsageError: unknown name; a rate out of range; dropout for a network that has none.
+    """
+    if name not in _NETWORKS:
+        raise UsageError(f"config.model.name: no network {name!r}; known: {', '.join(_NETWORKS)}")
+    if _NETWORKS[name].dropout_rate is None:
+        if dropout_rate:
+            raise UsageError(
+                f"config.model.dropout_rate: {name} has no dropout, got {dropout_rate}; "
+                "leave it unset"
+            )
+    elif dropout_rate is not None and not (math.isfinite(dropout_rate) and 0 <= dropout_rate < 1):
+        raise UsageError(f"config.model.dropout_rate: must be in [0, 1), got {dropout_rate}")
+
+
 def create(
     name: str,
     *,
@@ -127,8 +149,7 @@ def create(
       >>> model(jnp.zeros((2, 8, 8, 1))).shape
       (2, 10)
     """
-    if name not in _NETWORKS:
-        raise UsageError(f"config.model.name: no network {name!r}; known: {', '.join(_NETWORKS)}")
+    check(name, dropout_rate)
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         if value < 1:
             raise UsageError(f"{argument}: must be at least 1, got {value}")
@@ -136,11 +157,7 @@ def create(
     arguments = dict(network.arguments)
     if network.dropout_rate is not None:
         rate = network.dropout_rate if dropout_rate is None else dropout_rate
-        arguments["dropout_rate"] = _valid_dropout_rate(rate)
-    elif dropout_rate:
-        raise UsageError(
-            f"config.model.dropout_rate: {name} has no dropout, got {dropout_rate}; leave it unset"
-        )
+        arguments["dropout_rate"] = float(rate)
     make = LayerFactory(
         layers or LayerTypes(),
         rngs=rngs,
@@ -149,9 +166,3 @@ def create(
         **network.factory,
     )
     return network.module(**arguments, num_classes=num_classes, in_channels=in_channels, make=make)
-
-
-def _valid_dropout_rate(rate: float) -> float:
-    if not (math.isfinite(rate) and 0 <= rate < 1):
-        raise UsageError(f"config.model.dropout_rate: must be in [0, 1), got {rate}")
-    return float(rate)
