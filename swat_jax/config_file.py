@@ -116,6 +116,9 @@ def _check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
         flag = argument.partition("=")[0].lstrip("-")
         if not flag.startswith("config."):
             continue
+        if flag == "config.sparsity.method":
+            # It names what the other keys of the section say; alone it would only mislabel the run.
+            raise UsageError(f"--{flag}: name the method after the file: --config FILE:METHOD")
         section: Any = config
         seen = "config"
         for key in flag.split(".")[1:]:
