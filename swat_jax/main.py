@@ -53,11 +53,14 @@ def main(argv: Sequence[str]) -> int:
             present = os.environ.get("XLA_FLAGS", "")
             os.environ["XLA_FLAGS"] = f"{present} {train.DETERMINISTIC_FLAGS}".strip()
         if values["distributed"].value:
-            jax.distributed.initialize()
+            _join_processes()
         result = train.train_and_evaluate(config, workdir)
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UsageError) else 1
+        return _stopped(error, 2 if isinstance(error, UsageError) else 1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _stopped(f"the device has too little memory ({error}); lower config.batch_size", 1)
     except KeyboardInterrupt:
         print("stopped: the same command resumes the run at its last checkpoint", file=sys.stderr)
         return 130
@@ -65,6 +68,22 @@ def main(argv: Sequence[str]) -> int:
         print(train.layer_table(config, result))
         print(metrics.final_table({config.sparsity.method: result}))
     return 0
+
+
+def _join_processes() -> None:
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"--distributed: {error} Start it under Slurm, Open MPI or Kubernetes, one process per "
+            "host, or leave the flag out"
+        ) from error
+
+
+def _stopped(reason: object, code: int) -> int:
+    """Says in one line why the program ends."""
+    print(f"error: {'; '.join(str(reason).split(chr(10)))}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":
