@@ -18,23 +18,17 @@ IMAGES = random_images(24, size=8)
 LABELS = np.arange(24) % 4
 
 
-def features(*, shape=(8, 8, 3), **others):
+def features(*, shape=(8, 8, 3)):
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=shape, encoding_format="png"),
             "label": tfds.features.ClassLabel(names=["a", "b", "c", "d"]),
-            **others,
         }
     )
 
 
 def write_set(root, splits, *, name="shapes", feature_dict=None, supervised=("image", "label")):
     """A TFDS directory of some other set, written by TFDS: {split: (images, labels)}."""
-
-    def info(self):
-        return self.dataset_info_from_configs(
-            features=feature_dict or features(), supervised_keys=supervised
-        )
 
     def split_generators(self, _):
         return {split: self._generate_examples(*content) for split, content in splits.items()}
@@ -43,7 +37,8 @@ def write_set(root, splits, *, name="shapes", feature_dict=None, supervised=("im
         del self
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             content = image if isinstance(image, bytes) else encode(image.squeeze(), ".png")
-            yield number, {"image": content, "label": int(label)}
+            others = {"other": 0} if feature_dict and "other" in feature_dict else {}
+            yield number, {"image": content, "label": int(label), **others}
 
     with tfds.core.registered.skip_registration():
         builder = type(
@@ -60,12 +55,11 @@ def write_set(root, splits, *, name="shapes", feature_dict=None, supervised=("im
                 "_generate_examples": generate,
             },
         )
-    del info
     builder(data_dir=str(root), file_format="array_record").download_and_prepare()
     return root / name / "1.0.0"
 
 
-def as_tfrecord(folder, shards=1):
+def as_tfrecord(folder):
     """Turns a directory into the TFRecord files that TFDS writes by default."""
     builder = tfds.builder_from_directory(folder)
     info_path = folder / "dataset_info.json"
@@ -78,7 +72,6 @@ def as_tfrecord(folder, shards=1):
         for index in range(len(source)):
             writer.write(source[index])
         writer.close()
-    del shards
     for path in folder.glob("*.array_record-*"):
         path.unlink()
     info_path.write_text(info.replace('"array_record"', '"tfrecord"'))
@@ -172,15 +165,17 @@ def test_a_damaged_image_is_named(tmp_path):
 
 
 def test_sets_of_something_else(tmp_path):
-    feature_dict = features(mask=tfds.features.Image(shape=(8, 8, 1)))
-    with pytest.raises(
-        UsageError, match=r"^config\.data\.name: .* features are image, label, mask"
-    ):
-        info = type("info", (), {"features": feature_dict, "supervised_keys": None})
-        from swat_jax.data.sources import tfds as source
-
-        source._find_features("shapes", info)
-    del tmp_path
+    two = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=4),
+            "other": tfds.features.ClassLabel(num_classes=4),
+        }
+    )
+    content = (IMAGES[:4], LABELS[:4])
+    write_set(tmp_path, {"train": content, "test": content}, feature_dict=two, supervised=None)
+    with pytest.raises(UsageError, match=r"not a set of images .* are image, label, other"):
+        load(tmp_path)
 
 
 NOT_FOUND = {

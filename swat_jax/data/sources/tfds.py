@@ -189,7 +189,7 @@ def _find_features(name: str, info: Any) -> tuple[str, str]:
     else:
         raise UsageError(
             f"config.data.name: {name} is not a set of images with one label each; its features "
-            f"are {', '.join(map(str, info.features))}"
+            f"are {', '.join(sorted(info.features))}"
         )
     feature = info.features[image]
     if np.dtype(feature.np_dtype) != np.uint8 or feature.shape[-1] not in (1, 3):
