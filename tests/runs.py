@@ -1,0 +1,84 @@
+"""Short runs on the digits for the tests of training: how to start one, and what it left."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from swat_jax import config_file
+
+ROOT = Path(__file__).parents[1]
+
+
+def digits(method="u90", **overrides):
+    """The digits config; `batch_size=...`, or `data__on_device=...` for a nested key."""
+    config = config_file.load(f"{ROOT}/configs/digits.py:{method}")
+    config.devices = 1
+    for key, value in overrides.items():
+        section = config
+        *parents, last = key.split("__")
+        for part in parents:
+            section = section[part]
+        section[last] = value
+    return config
+
+
+def command(workdir, method="u90", *flags):
+    config = ["--config", f"configs/digits.py:{method}", "--workdir", str(workdir)]
+    return [sys.executable, "-m", "swat_jax.main", *config, *flags]
+
+
+def spawn(workdir, method, *flags, env=None):
+    """Starts a training process that prints nothing."""
+    return subprocess.Popen(
+        command(workdir, method, *flags),
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def finish(workdir, method, *flags, env=None):
+    """Runs a training process to its end; returns its result."""
+    done = subprocess.run(
+        command(workdir, method, *flags),
+        cwd=ROOT,
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((workdir / "result.json").read_text())
+
+
+def newest_step(workdir):
+    """Of the complete checkpoints; looks only, since a run may be saving."""
+    folder = workdir / "checkpoints"
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def final_arrays(workdir):
+    """Every array of the last checkpoint, by name."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        path = workdir / "checkpoints" / str(newest_step(workdir)) / "state"
+        structure = reader.metadata(path).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+        tree = reader.restore(path, ocp.args.PyTreeRestore(restore_args=as_numpy))
+    return {jax.tree_util.keystr(name): leaf for name, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def assert_same_bits(ours, theirs):
+    """Equal names, types, shapes and bits."""
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 20
+    for name, value in ours.items():
+        assert value.dtype == theirs[name].dtype, name
+        assert value.shape == theirs[name].shape, name
+        assert value.tobytes() == theirs[name].tobytes(), name
