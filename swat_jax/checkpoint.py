@@ -19,6 +19,8 @@ import math
 import os
 import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,9 @@ FREE_KEYS = (
     "steps_per_dispatch",
 )
 _TRASH = "trash-"
+
+# How long what orbax had under way may take to report after a failure.
+_LATE_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,16 +381,28 @@ def _refused_by_disk(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Mutes orbax's log: its threads print as tracebacks the errors that are raised here anyway."""
+    """Mutes orbax's threads: they print as tracebacks the errors that are raised here anyway."""
     logger = logging.getLogger("absl")
 
     def mute(record: logging.LogRecord) -> bool:
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
+    # Of many reads the first that fails ends orbax's event loop; those under way miss it then.
+    report = sys.unraisablehook
+
+    def report_others(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
     logger.addFilter(mute)
+    sys.unraisablehook = report_others
     try:
         yield
+    except Exception:
+        time.sleep(_LATE_SECONDS)
+        raise
     finally:
+        sys.unraisablehook = report
         logger.removeFilter(mute)
 
 
