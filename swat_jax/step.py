@@ -223,6 +223,20 @@ class Trainer:
         return jax.jit(self._on_mesh(local, (P(AXIS), P(AXIS)), P()))
 
     @functools.cached_property
+    def is_finite(self) -> Callable[[TrainState], jax.Array]:
+        """Whether weights, running averages and momentum hold neither NaN nor infinity.
+
+        The loss of a step is taken before its update and does not show what the update broke.
+        """
+
+        def check(state: TrainState) -> jax.Array:
+            parts = [state[name] for name in ("params", "batch_stats", "optimizer")]
+            found = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(parts)]
+            return jnp.all(jnp.stack(found))
+
+        return jax.jit(check)
+
+    @functools.cached_property
     def prune(self) -> Callable[[TrainState], Tree]:
         """The weights under exact masks of the present budgets, hard zeros elsewhere."""
         return jax.jit(lambda state: pruning.prune(self.layers, state["params"], state["budgets"]))

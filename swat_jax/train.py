@@ -122,11 +122,16 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                 report.rates = [*report.rates, rate][-_MOST_RATES:]
                 pending, logged, since = [], done, time.monotonic()
                 if not math.isfinite(means["loss"]):
-                    raise RunError(_not_finite(means["loss"], done, checkpointer))
+                    what = f"the loss is {means['loss']} at step {done}"
+                    raise RunError(_not_finite(what, checkpointer))
                 report.final_loss = means["loss"]
                 progress.update(done, loss=means["loss"], accuracy=means["accuracy"])
                 if writer is not None:
                     writer.write(done, means)
+            if (epoch_end or save_now) and not trainer.is_finite(state):
+                # The loss was that of the weights before; a checkpoint of these could not go on.
+                what = f"the weights are not finite after step {done}"
+                raise RunError(_not_finite(what, checkpointer))
             scores: dict[str, float] = {}
             epoch = -(-done // trainer.steps_per_epoch)
             if epoch_end and (_is_multiple(epoch, config.eval.every_epochs) or done == total):
@@ -508,10 +513,9 @@ def _epoch_line(epoch: int, scores: dict[str, float]) -> str:
     )
 
 
-def _not_finite(loss: float, done: int, checkpointer: checkpoint.Checkpointer) -> str:
+def _not_finite(what: str, checkpointer: checkpoint.Checkpointer) -> str:
     steps = checkpointer.steps()
     kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint was saved"
     return (
-        f"the loss is {loss} at step {done}; {kept}; lower config.optimizer.learning_rate, "
-        "or set config.precision to float32"
+        f"{what}; {kept}; lower config.optimizer.learning_rate, or set config.precision to float32"
     )
