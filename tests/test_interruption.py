@@ -1,0 +1,60 @@
+"""A run that stops, by wish or by NaN, and what it leaves for the next one."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from swat_jax import train
+from swat_jax.errors import RunError
+from tests.runs import assert_same_bits, digits, final_arrays, newest_step
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_max_steps_stops_and_more_of_them_go_on_with_the_same_bits(tmp_path):
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    often = {"log__every_steps": 2}
+    train.train_and_evaluate(digits(max_steps=24, **often), whole)
+    first = train.train_and_evaluate(digits(max_steps=5, **often), halves)
+    assert first["steps"] == 5
+    assert [path.name for path in (halves / "checkpoints").iterdir()] == ["5"]
+    second = train.train_and_evaluate(digits(max_steps=24, **often), halves)  # into epoch 1
+    assert second["steps"] == 24
+    assert_same_bits(final_arrays(halves), final_arrays(whole))
+    # Logs end where the first half did, and then go on every two steps; none comes twice.
+    trained = [line["step"] for line in lines(halves) if line["kind"] == "train"]
+    assert trained == sorted(set(trained))
+    assert trained[:3] == [2, 4, 5]
+    assert trained[-1] == 24
+
+
+def test_a_run_that_diverges_names_the_step_and_keeps_a_good_checkpoint(tmp_path):
+    """Saved after every step, the update that makes weights NaN under a finite loss is seen too."""
+    changes = {
+        "optimizer__learning_rate": 1e6,
+        "log__every_steps": 1,
+        "checkpoint__every_steps": 1,
+        "epochs": 2,
+    }
+    with pytest.raises(RunError) as caught:
+        train.train_and_evaluate(digits(**changes), tmp_path)
+    found = re.fullmatch(
+        r"(the loss is nan at|the weights are not finite after) step (\d+); "
+        r"the checkpoint of step (\d+) is kept; lower config\.optimizer\.learning_rate, .*",
+        str(caught.value),
+    )
+    assert found, caught.value
+    broken, kept = int(found[2]), int(found[3])
+    assert kept == broken - 1 == newest_step(tmp_path)
+    floats = [x for x in final_arrays(tmp_path).values() if np.issubdtype(x.dtype, np.floating)]
+    assert floats
+    assert all(np.isfinite(value).all() for value in floats)
+    assert not (tmp_path / "result.json").exists()
+    # Every step whose loss is finite has its line.
+    trained = [line for line in lines(tmp_path) if line["kind"] == "train"]
+    assert [line["step"] for line in trained][:kept] == list(range(1, broken))
+    assert all(line["loss"] is not None for line in trained)
