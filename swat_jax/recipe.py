@@ -54,6 +54,7 @@ def base() -> ConfigDict:
     config.data.on_device = True
     config.data.workers = 0
     config.data.holdout = 0.0  # fraction of the training set kept out, to choose a checkpoint by
+    config.data.test_fraction = 0.2  # split off where a set has no test part of its own
 
     config.sparsity = ConfigDict()
     config.sparsity.method = "dense"

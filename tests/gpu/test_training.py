@@ -16,8 +16,8 @@ FLAGS = [
     "--config.precision=bfloat16",
     "--config.sparsity.threshold_every_steps=3",
 ]
-# Without the fake CPU devices and the CPU that the other tests ask for. This process may hold most of
-# the GPU's memory, so the training takes what it needs as it goes.
+# Without the fake CPU devices and the CPU that the other tests ask for. This process may hold most
+# of the GPU's memory, so the training takes what it needs as it goes.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cuda",
     "XLA_FLAGS": "",

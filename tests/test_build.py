@@ -1,0 +1,127 @@
+"""Networks with the sparsity of their config; and a training step of every row, traced."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from swat_jax import build, config_file, listing, step
+from swat_jax.data import Info
+from swat_jax.errors import UsageError
+from swat_jax.layers import SwatConv, SwatLinear
+from tests.runs import ROOT, digits
+
+FACTS = {"num_classes": 10, "image_shape": (8, 8, 1)}
+
+
+def abstract(config):
+    return nnx.eval_shape(lambda: build.build(config, **FACTS, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("method", "stem", "other"), [("u90", 0.0, 0.9), ("channel70", 0.0, 0.7), ("m90", 0.9, 0.9)]
+)
+def test_uniform_and_momentum(method, stem, other):
+    layers = dict(build.sparse_layers(abstract(digits(method))))
+    assert len(layers) == 10
+    for path, layer in layers.items():
+        expected = stem if path == "stem" else other
+        assert (layer.weight_sparsity, layer.activation_sparsity) == (expected, expected)
+        assert (layer.weight_budget is not None) == (method == "m90")
+
+
+def test_erk_keeps_the_total():
+    layers = dict(build.sparse_layers(abstract(digits("erk90"))))
+    sizes = {path: layer.kernel.get_value().size for path, layer in layers.items()}
+    kept = sum((1 - layers[path].weight_sparsity) * size for path, size in sizes.items())
+    assert kept == pytest.approx(0.1 * sum(sizes.values()))
+    assert len({layer.weight_sparsity for layer in layers.values()}) > 3
+
+
+def test_dense_is_stock():
+    model = abstract(digits("dense"))
+    kinds = {type(module) for _, module in nnx.iter_modules(model)}
+    assert not kinds & {SwatConv, SwatLinear}
+    assert {nnx.Conv, nnx.Linear} <= kinds
+
+
+def test_the_period_makes_state_of_thresholds():
+    layers = dict(build.sparse_layers(abstract(digits(sparsity__threshold_every_steps=4))))
+    assert layers["stem"].threshold_age is None
+    assert layers["stage1/0/conv1"].weight_threshold is not None
+    assert layers["stage1/0/conv1"].activation_threshold is not None
+    assert layers["classifier"].threshold_age is None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight", 1.0),
+        ("weight", -0.1),
+        ("activation", 1.5),
+        ("distribution", "zipf"),
+        ("granularity", "block"),
+        ("threshold_every_steps", 0),
+        ("exact_epochs", -1),
+    ],
+)
+def test_refusals_name_the_key(key, value):
+    with pytest.raises(UsageError, match=rf"config\.sparsity\.{key}"):
+        build.build(digits(**{f"sparsity__{key}": value}), **FACTS, rngs=nnx.Rngs(0))
+
+
+def test_momentum_needs_single_weights_and_one_budget():
+    for key, value in (("granularity", "channel"), ("activation", 0.5)):
+        with pytest.raises(UsageError, match=rf"config\.sparsity\.{key}"):
+            build.build(digits("m90", **{f"sparsity__{key}": value}), **FACTS, rngs=nnx.Rngs(0))
+
+
+ROWS = listing.rows(ROOT / "configs")
+# The amount of sparsity changes numbers in the program, not its shape; one row stands for all.
+SHAPES = {
+    (row["network"], row["method"].rstrip("0123456789")): (row["config"], row["method"])
+    for row in ROWS
+    if row["dataset"] != "cifar100"
+}
+
+
+@pytest.mark.parametrize("key", SHAPES, ids="-".join)
+def test_a_training_step_of_every_row_traces(key):
+    file, method = SHAPES[key]
+    config = config_file.load(f"{ROOT / file}:{method}")
+    config.devices = 1
+    size, channels = config.data.image_size, len(config.data.mean)
+    classes = {"imagenet": 1000}.get(config.dataset, 10)
+    info = Info(
+        name=config.dataset,
+        num_classes=classes,
+        image_shape=(size, size, channels),
+        num_train=50_000,
+        num_holdout=0,
+        num_test=10_000,
+        mean=config.data.mean,
+        std=config.data.std,
+        class_names=tuple(map(str, range(classes))),
+    )
+    trainer, make_state = step.make_trainer(config, info, mesh())
+    state = jax.eval_shape(make_state)
+    images = jax.ShapeDtypeStruct((config.batch_size, size, size, channels), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)
+    after, metrics = jax.eval_shape(trainer.train_step, state, images, labels)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+
+
+def test_every_row_is_covered():
+    covered = set(SHAPES)
+    assert {(r["network"], r["method"].rstrip("0123456789")) for r in ROWS} == covered
+    assert len(ROWS) >= 60
+
+
+@functools.cache
+def mesh():
+    return step.make_mesh(1)

@@ -1,0 +1,132 @@
+"""The whole loop on the digits, in this process."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from swat_jax import train
+from swat_jax.errors import RunError, UsageError
+from tests.runs import assert_same_bits, digits, final_arrays
+
+RESULT_KEYS = {
+    "test_accuracy",
+    "pruned_test_accuracy",
+    "dense_master_accuracy",
+    "final_loss",
+    "weight_sparsity",
+    "activation_sparsity",
+    "training_flop_reduction",
+    "seconds",
+    "images_per_second",
+    "versions",
+    "device",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    config = digits(epochs=3)
+    return workdir, config, train.train_and_evaluate(config, workdir)
+
+
+def test_learns_and_leaves_its_files(finished):
+    workdir, config, result = finished
+    assert result["final_loss"] < 1.0
+    assert result.keys() >= RESULT_KEYS
+    assert json.loads((workdir / "result.json").read_text()).keys() == result.keys()
+    assert json.loads((workdir / "config.json").read_text())["epochs"] == 3
+    assert list((workdir / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if x["kind"] == "eval"] == [22, 44, 66]
+    assert lines[-1]["test_accuracy"] == result["pruned_test_accuracy"]
+    # Nine tenths of all but the first conv, which is 216 of 172,824 weights.
+    assert result["weight_sparsity"] == pytest.approx(0.9 * (1 - 216 / 172824), abs=1e-4)
+    assert 0 < result["training_flop_reduction"] < 100
+    assert "sparsity" in train.layer_table(config, result).lower()
+
+
+def test_a_finished_run_is_scored_again_and_not_trained(finished):
+    workdir, config, result = finished
+    again = train.train_and_evaluate(config, workdir)
+    for key in RESULT_KEYS - {"seconds"}:
+        assert again[key] == result[key], key
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(finished, tmp_path):
+    workdir, _, _ = finished
+    train.train_and_evaluate(digits(epochs=3), tmp_path / "same")
+    assert_same_bits(final_arrays(tmp_path / "same"), final_arrays(workdir))
+    train.train_and_evaluate(digits(epochs=3, seed=1), tmp_path / "other")
+    ours, theirs = final_arrays(tmp_path / "other"), final_arrays(workdir)
+    assert any(not np.array_equal(ours[name], theirs[name]) for name in ours if "kernel" in name)
+
+
+def test_another_config_is_refused_by_name(finished):
+    workdir, _, _ = finished
+    before = (workdir / "result.json").read_bytes()
+    with pytest.raises(UsageError, match=r"config\.optimizer\.momentum"):
+        train.train_and_evaluate(digits(epochs=3, optimizer__momentum=0.5), workdir)
+    assert (workdir / "result.json").read_bytes() == before
+
+
+def test_many_steps_in_one_dispatch_are_the_same_steps(tmp_path):
+    """A loop may be compiled otherwise: 1e-4 of the largest weight after four steps."""
+    results = []
+    for count in (1, 4):
+        config = digits(max_steps=4, steps_per_dispatch=count)
+        train.train_and_evaluate(config, tmp_path / str(count))
+        results.append(final_arrays(tmp_path / str(count)))
+    for name, value in results[0].items():
+        if "params" in name:
+            scale = max(np.abs(value).max(), 1e-2)
+            assert np.abs(value - results[1][name]).max() <= 1e-4 * scale, name
+
+
+def test_from_the_host_it_learns_too(tmp_path):
+    result = train.train_and_evaluate(digits(epochs=2, data__on_device=False), tmp_path)
+    assert result["steps"] == 44
+    assert result["final_loss"] < 1.2
+
+
+@pytest.mark.parametrize("method", ["dense", "erk90", "m90", "channel70", "filter50"])
+def test_every_method_trains(method, tmp_path):
+    result = train.train_and_evaluate(digits(method, max_steps=3), tmp_path)
+    assert result["steps"] == 3
+    assert math.isfinite(result["final_loss"])
+    assert (result["weight_sparsity"] == 0) == (method == "dense")
+    if method in ("erk90", "m90"):
+        assert result["weight_sparsity"] == pytest.approx(0.9, abs=1e-3)
+
+
+def test_the_best_on_the_held_out_part_is_scored(tmp_path):
+    config = digits(epochs=3, data__holdout=0.2, checkpoint__select="best_holdout")
+    result = train.train_and_evaluate(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    scores = [line for line in lines if line["kind"] == "eval"]
+    best = max(scores, key=lambda line: line["holdout_accuracy"])
+    assert result["steps"] == best["step"]
+    assert result["pruned_test_accuracy"] == best["test_accuracy"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = digits(epochs=2, optimizer__learning_rate=1e30, log__every_steps=2)
+    with pytest.raises(RunError, match=r"the loss is nan at step \d+; .*learning_rate"):
+        train.train_and_evaluate(config, tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_other_devices_go_on_with_new_thresholds(tmp_path, fake_devices):
+    options = {"sparsity__threshold_every_steps": 5, "epochs": 1}
+    train.train_and_evaluate(digits(max_steps=3, devices=1, **options), tmp_path)
+    first = {k: v for k, v in final_arrays(tmp_path).items() if "activation_threshold'" in k}
+    result = train.train_and_evaluate(digits(max_steps=4, devices=4, **options), tmp_path)
+    second = {k: v for k, v in final_arrays(tmp_path).items() if "activation_threshold'" in k}
+    assert result["steps"] == 4
+    assert first.keys() == second.keys()
+    # Step 3 is no refresh step: the thresholds are there because the old ones did not fit.
+    assert {v.shape for v in first.values()} == {(1,)}
+    assert {v.shape for v in second.values()} == {(4,)}
+    assert all(np.all(v > 0) for v in second.values())
