@@ -220,9 +220,9 @@ class _Resident:
         return state, values, count
 
     def sample(self) -> tuple[jax.Array, jax.Array]:
-        """One training batch, to measure sparsity on."""
+        """The batch on which sparsity is measured: the same in every process of a run."""
         batch = self._trainer.config.batch_size
-        order = self._trainer.epoch_order(self._epoch or 0)
+        order = self._trainer.epoch_order(0)
         rows = np.asarray(order)[:batch]
         images, labels = self._images[rows], self._labels[rows]
         sharded = self._trainer.sharded
@@ -237,7 +237,7 @@ class _Stream:
         self._dataset = dataset
         self._batches: Iterator[data.Batch] = iter(())
         self._next_step: int | None = None
-        self._last: tuple[jax.Array, jax.Array] | None = None
+        self._sample: tuple[jax.Array, jax.Array] | None = None
 
     def advance(self, state: TrainState, done: int) -> tuple[TrainState, step.Metrics, int]:
         """Does one step."""
@@ -245,17 +245,17 @@ class _Stream:
         if position == 0 or self._next_step != done:
             self._batches = self._dataset.train(epoch, position)
         batch = next(self._batches)
-        self._last = step.put_batch(self._trainer, batch["image"], batch["label"])
+        inputs = step.put_batch(self._trainer, batch["image"], batch["label"])
         self._next_step = done + 1
-        state, values = self._trainer.train_step(state, *self._last)
+        state, values = self._trainer.train_step(state, *inputs)
         return state, jax.tree.map(lambda value: value[None], values), 1
 
     def sample(self) -> tuple[jax.Array, jax.Array]:
-        """The last training batch, to measure sparsity on."""
-        if self._last is None:  # a run that was finished before
-            batch = next(self._dataset.train(0))
-            self._last = step.put_batch(self._trainer, batch["image"], batch["label"])
-        return self._last
+        """The batch on which sparsity is measured: the same in every process of a run."""
+        if self._sample is None:
+            batch = next(iter(self._dataset.train(0)))
+            self._sample = step.put_batch(self._trainer, batch["image"], batch["label"])
+        return self._sample
 
 
 @dataclasses.dataclass
