@@ -22,7 +22,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from swat_jax import build, network, optimizer, pruning
+from swat_jax import build, flops, network, optimizer, pruning
 from swat_jax.data import Info, on_device
 from swat_jax.errors import UsageError
 from swat_jax.layers import MeasuredSparsity
@@ -103,6 +103,15 @@ class Trainer:
             name: self.sharded if name == "activation_thresholds" else self.replicated
             for name in names
         }
+
+    @functools.cached_property
+    def layer_table(self) -> list[flops.Layer]:
+        """All conv and linear layers in execution order, with their MACs."""
+        return flops.network_table(
+            self.config.model.name,
+            num_classes=self.info.num_classes,
+            image_shape=self.info.image_shape,
+        )
 
     @functools.cached_property
     def train_step(self) -> Callable[..., tuple[TrainState, Metrics]]:

@@ -17,7 +17,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import numpy as np
 from swat_jax import checkpoint, data, flops, metrics, pruning, step
 from swat_jax.data import Dataset, Split
 from swat_jax.errors import RunError, UsageError
+from swat_jax.feed import Feed, Resident, Stream, total_steps
 from swat_jax.step import Trainer, TrainState
 
 # How many of a run's last rates its images per second are the median of.
@@ -70,7 +70,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
     )
     trainer, make_state = step.make_trainer(config, dataset.info, mesh)
     best = config.checkpoint.select == "best_holdout"
-    feed = (_Resident if config.data.on_device else _Stream)(trainer, dataset)
+    feed = (Resident if config.data.on_device else Stream)(trainer, dataset)
     report = _Report()
 
     with contextlib.ExitStack() as stack:
@@ -88,20 +88,22 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
             state = _resumed(trainer, restored)
             report = dataclasses.replace(report, **restored.position["report"])
         done = 0 if restored is None else restored.step
-        total = _total_steps(trainer)
+        total = total_steps(trainer)
 
         if jax.process_index() == 0:
             metrics.write_json(workdir / "config.json", plain)
         writer = stack.enter_context(_open_writer(workdir))
         if writer is not None:
             writer.truncate(done)
+        # One of several processes speaks for all.
+        silence = stack.enter_context(open(os.devnull, "w")) if jax.process_index() else None
         progress = stack.enter_context(
             metrics.Progress(
                 total,
                 done,
                 batch_size=config.batch_size,
                 steps_per_epoch=trainer.steps_per_epoch,
-                stream=None if jax.process_index() == 0 else open(os.devnull, "w"),  # noqa: SIM115
+                stream=silence,
             )
         )
         if restored is not None:
@@ -188,76 +190,6 @@ def layer_table(config: Any, result: dict[str, Any]) -> str:
     return metrics.layer_table(rows)
 
 
-class _Resident:
-    """Data that live on the device: many steps in one dispatch."""
-
-    def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
-        self._trainer = trainer
-        images, labels = dataset.arrays("train")
-        self._images = jax.device_put(images, trainer.replicated)
-        self._labels = jax.device_put(labels, trainer.replicated)
-        self._epoch: int | None = None
-        self._chunk = _steps_per_dispatch(trainer)
-
-    def advance(self, state: TrainState, done: int) -> tuple[TrainState, step.Metrics, int]:
-        """Does the steps up to the next point at which the host has something to do."""
-        per_epoch = self._trainer.steps_per_epoch
-        epoch, position = divmod(done, per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, self._trainer.epoch_order(epoch)
-        every = self._trainer.config.checkpoint.every_steps
-        # Where a dispatch ends depends on the step alone, so a resumed run cuts as the first did.
-        stops = [
-            done + self._chunk - position % self._chunk,
-            (epoch + 1) * per_epoch,
-            _total_steps(self._trainer),
-            *([done + every - done % every] if every else []),
-        ]
-        count = min(stops) - done
-        state, values = self._trainer.train_steps(
-            state, self._images, self._labels, self._order, count
-        )
-        return state, values, count
-
-    def sample(self) -> tuple[jax.Array, jax.Array]:
-        """The batch on which sparsity is measured: the same in every process of a run."""
-        batch = self._trainer.config.batch_size
-        order = self._trainer.epoch_order(0)
-        rows = np.asarray(order)[:batch]
-        images, labels = self._images[rows], self._labels[rows]
-        sharded = self._trainer.sharded
-        return jax.device_put(images, sharded), jax.device_put(labels, sharded)
-
-
-class _Stream:
-    """Data that come from the host, batch by batch."""
-
-    def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
-        self._trainer = trainer
-        self._dataset = dataset
-        self._batches: Iterator[data.Batch] = iter(())
-        self._next_step: int | None = None
-        self._sample: tuple[jax.Array, jax.Array] | None = None
-
-    def advance(self, state: TrainState, done: int) -> tuple[TrainState, step.Metrics, int]:
-        """Does one step."""
-        epoch, position = divmod(done, self._trainer.steps_per_epoch)
-        if position == 0 or self._next_step != done:
-            self._batches = self._dataset.train(epoch, position)
-        batch = next(self._batches)
-        inputs = step.put_batch(self._trainer, batch["image"], batch["label"])
-        self._next_step = done + 1
-        state, values = self._trainer.train_step(state, *inputs)
-        return state, jax.tree.map(lambda value: value[None], values), 1
-
-    def sample(self) -> tuple[jax.Array, jax.Array]:
-        """The batch on which sparsity is measured: the same in every process of a run."""
-        if self._sample is None:
-            batch = next(iter(self._dataset.train(0)))
-            self._sample = step.put_batch(self._trainer, batch["image"], batch["label"])
-        return self._sample
-
-
 @dataclasses.dataclass
 class _Report:
     """What a run adds up for its result; part of every checkpoint's position."""
@@ -273,7 +205,7 @@ def _evaluate_epoch(
     trainer: Trainer,
     dataset: Dataset,
     state: TrainState,
-    feed: _Resident | _Stream,
+    feed: Feed,
     report: _Report,
 ) -> dict[str, float]:
     """Scores under exact masks, and the sparsity of a training batch."""
@@ -331,10 +263,10 @@ class _Measured:
     flop_reduction: float
 
 
-def _measure(trainer: Trainer, state: TrainState, feed: _Resident | _Stream) -> _Measured:
+def _measure(trainer: Trainer, state: TrainState, feed: Feed) -> _Measured:
     """Zeros in weights and saved inputs, as one training batch has them."""
-    table = _flop_table(trainer)
-    found = jax.device_get(trainer.measure(state, *feed.sample()))
+    table = trainer.layer_table
+    found = jax.device_get(trainer.measure(state, *feed.sample))
     weight = {layer.path: 0.0 for layer in table}
     activation = dict(weight)
     for path, (zeros, saved_zeros) in found.items():
@@ -354,7 +286,7 @@ def _final(
     trainer: Trainer,
     dataset: Dataset,
     state: TrainState,
-    feed: _Resident | _Stream,
+    feed: Feed,
     report: _Report,
 ) -> dict[str, Any]:
     pruned = trainer.prune(state)
@@ -370,10 +302,9 @@ def _final(
         result[name.replace("accuracy", "top5_accuracy")] = scores["top5_accuracy"]
     measured = _measure(trainer, state, feed)
     zeros, _ = pruning.count_zeros(trainer.layers, pruned)
-    table = {layer.path: layer for layer in _flop_table(trainer)}
-    weights = sum(layer.weights for layer in table.values())
+    weights = sum({layer.path: layer.weights for layer in trainer.layer_table}.values())
     config, info = trainer.config, trainer.info
-    planned = flops.sparsities(_flop_table(trainer), config.sparsity)
+    planned = flops.sparsities(trainer.layer_table, config.sparsity)
     device = trainer.mesh.devices.flat[0]
     return result | {
         "final_loss": report.final_loss,
@@ -381,7 +312,7 @@ def _final(
         "activation_sparsity": measured.activation_sparsity,
         "training_flop_reduction": report.flop_reduction / max(report.measurements, 1),
         "planned_training_flop_reduction": flops.training_flop_reduction(
-            _flop_table(trainer), planned.weight, planned.activation
+            trainer.layer_table, planned.weight, planned.activation
         ),
         "seconds": report.seconds,
         # The median does not see the few stretches that compile.
@@ -399,14 +330,6 @@ def _final(
             name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")
         },
     }
-
-
-def _flop_table(trainer: Trainer) -> list[flops.Layer]:
-    return flops.network_table(
-        trainer.config.model.name,
-        num_classes=trainer.info.num_classes,
-        image_shape=trainer.info.image_shape,
-    )
 
 
 def _resumed(trainer: Trainer, restored: checkpoint.Restored) -> TrainState:
@@ -471,25 +394,6 @@ def _open_writer(workdir: Path) -> Any:
     if jax.process_index() == 0:
         return metrics.MetricsWriter(workdir)
     return contextlib.nullcontext()
-
-
-def _steps_per_dispatch(trainer: Trainer) -> int:
-    """How many steps run without the host: on a CPU one, since XLA is slow in loops there."""
-    chosen = trainer.config.steps_per_dispatch
-    if chosen is not None:
-        return chosen
-    if trainer.mesh.devices.flat[0].platform == "cpu":
-        return 1
-    steps = trainer.steps_per_epoch
-    # A divisor of the epoch means one length, so one compilation.
-    divisors = [n for n in range(1, min(steps, 100) + 1) if steps % n == 0]
-    return divisors[-1] if divisors[-1] >= 10 else min(steps, 50)
-
-
-def _total_steps(trainer: Trainer) -> int:
-    config = trainer.config
-    steps = config.epochs * trainer.steps_per_epoch
-    return steps if config.max_steps is None else min(steps, config.max_steps)
 
 
 def _is_multiple(number: int, of: int) -> bool:

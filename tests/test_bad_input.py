@@ -102,7 +102,7 @@ def contents(folder):
 @pytest.fixture
 def refusal(capsys, tmp_path, monkeypatch):
     """Runs a command that must be refused; returns its message."""
-    for feed in ("_Resident", "_Stream"):
+    for feed in ("Resident", "Stream"):
         monkeypatch.setattr(getattr(train, feed), "advance", lambda *_: pytest.fail("it trains"))
 
     def run(*arguments, code=2, says=()):

@@ -26,6 +26,7 @@ LEVELS = (
     {"network"},
     {"pruning"},
     {"step"},
+    {"feed"},
     {"train"},
     {"main"},
 )
