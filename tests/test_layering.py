@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 # From the bottom to the top; a folder stands for all that is in it.
 LEVELS = (
     {"errors"},
-    {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data"},
+    {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data", "native"},
+    {"batch_norm"},
     {"kernels", "config_file"},
     {"functional"},
     {"layers", "linen"},
@@ -28,7 +29,7 @@ LEVELS = (
     {"step"},
     {"feed"},
     {"train"},
-    {"main"},
+    {"main", "info"},
 )
 HEIGHT = {unit: height for height, units in enumerate(LEVELS) for unit in units}
 
@@ -36,7 +37,8 @@ HEIGHT = {unit: height for height, units in enumerate(LEVELS) for unit in units}
 ONLY_IN = {
     "custom_vjp": ("functional.py", "gradient rules have one place"),
     "custom_jvp": ("functional.py", "gradient rules have one place"),
-    "ffi": ("kernels.py", "every native op has its jnp twin beside it"),
+    "ffi_call": ("kernels.py", "every native op has its jnp twin beside it"),
+    "register_ffi_target": ("native.py", "a refused registration ends the backend"),
 }
 NOT_AT_ALL = ("tensorflow", "torch", "clu", "tests", "configs", "benchmarks")
 
