@@ -1,7 +1,8 @@
-"""Checkpoints: orbax behind two calls, `save` and `restore`.
+"""Checkpoints: orbax behind `save` and `restore`; `score` adds what is known later.
 
-    <directory>/<step>/state/   the arrays (orbax, readable with orbax alone)
-    <directory>/<step>/run/     JSON: step, data position, metrics, config, every array's type
+    <directory>/<step>/state/       the arrays (orbax, readable with orbax alone)
+    <directory>/<step>/run/         JSON: step, data position, config, every array's type
+    <directory>/<step>/scores.json  metrics, and the data position as of then; once it was scored
 
 A checkpoint is written under another name and renamed when it is complete, and one that is no
 longer kept is renamed before it is deleted. So whatever carries a plain number for a name is
@@ -43,6 +44,7 @@ FREE_KEYS = (
     "steps_per_dispatch",
 )
 _TRASH = "trash-"
+_SCORES = "scores.json"
 
 # How long what orbax had under way may take to report after a failure.
 _LATE_SECONDS = 0.5
@@ -54,9 +56,9 @@ class Restored:
 
     Attributes:
       state: the arrays, in the template's structure and on its devices.
-      position: what `save` was given: where to go on in the data.
+      position: what `save`, or later `score`, was given: where to go on in the data.
       step: the step at which it was saved.
-      metrics: what `save` was given, or empty.
+      metrics: what `score` was given, or empty.
       refreshed: the top-level entries of the state that did not fit and stayed the template's own.
     """
 
@@ -76,7 +78,7 @@ class Checkpointer:
       config: the run's config as a plain nested dict. It is stored in every checkpoint, and
         `restore` refuses a checkpoint of another one.
       best_metric: the name of a metric, the greater the better. Among the checkpoints that were
-        saved with it, the best one stays too, the earliest of equals.
+        scored with it, the best one stays too, the earliest of equals.
 
     Raises:
       UsageError: `keep` is below 1.
@@ -130,7 +132,6 @@ class Checkpointer:
         step: int,
         state: Mapping[str, Any],
         position: Mapping[str, Any],
-        metrics: Mapping[str, float] | None = None,
     ) -> bool:
         """Writes a checkpoint and deletes those that are no longer kept.
 
@@ -139,7 +140,6 @@ class Checkpointer:
           state: nested dict (any pytree below the top level) of arrays, on one device or sharded
             over a mesh.
           position: JSON values that say where to go on in the data.
-          metrics: name -> number.
 
         Returns:
           False where a checkpoint of this step is there already: it stays as it is, since a run
@@ -154,7 +154,7 @@ class Checkpointer:
         run = {
             "step": int(step),
             "position": _plain(position),
-            "metrics": {name: float(value) for name, value in (metrics or {}).items()},
+            "metrics": {},
             "config": self._config,
             "arrays": _array_types(state),
         }
@@ -178,6 +178,38 @@ class Checkpointer:
                 f"cannot save the checkpoint of step {step} in {self.directory}: {reason}; "
                 "earlier checkpoints are intact: make room there and run again"
             ) from error
+        self._delete_old()
+        return True
+
+    def score(self, step: int, position: Mapping[str, Any], metrics: Mapping[str, float]) -> bool:
+        """Adds to a checkpoint what is known only after it was saved.
+
+        Deletes the checkpoints that are no longer kept, now that it may be the best.
+
+        Args:
+          step: that of the checkpoint.
+          position: in place of what `save` was given.
+          metrics: name -> number.
+
+        Returns:
+          False where there is no checkpoint of this step.
+
+        Raises:
+          RunError: the disk is full or cannot be written. The checkpoint stays without scores.
+        """
+        if step not in self.steps():
+            return False
+        if jax.process_index() == 0:
+            numbers = {name: float(value) for name, value in metrics.items()}
+            text = json.dumps({"position": _plain(position), "metrics": numbers})
+            path = self.directory / str(step) / _SCORES
+            try:
+                _write(path, text)
+            except OSError as error:
+                raise RunError(
+                    f"cannot write {path}: {error.strerror or error}; the checkpoint itself is "
+                    "intact: make room there and run again"
+                ) from error
         self._delete_old()
         return True
 
@@ -241,17 +273,20 @@ class Checkpointer:
         )
 
     def _read_run(self, path: Path) -> dict[str, Any]:
-        return self._read(path, run=ocp.args.JsonRestore())["run"]
+        run = self._read(path, run=ocp.args.JsonRestore())["run"]
+        try:
+            return run | json.loads((path / _SCORES).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return run
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
 
     def _read(self, path: Path, **items: ocp.args.CheckpointArgs) -> Any:
         try:
             with _quiet_orbax():
                 return self._orbax.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise RunError(
-                f"cannot read the checkpoint {path}: {_one_line(error)}; "
-                "delete that folder to go on from an earlier one"
-            ) from error
+            raise _unreadable(path, error) from error
 
     def _best_runs(self) -> list[tuple[float, int]]:
         """(metric, step) of the checkpoints that have the metric, the best one last."""
@@ -292,6 +327,23 @@ class Checkpointer:
             for path in self.directory.iterdir():
                 if path.name.startswith(_TRASH) or ".orbax-checkpoint-tmp" in path.name:
                     shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes beside the file, then renames: whoever reads it finds it whole, or none."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def _unreadable(path: Path, error: Exception) -> RunError:
+    return RunError(
+        f"cannot read the checkpoint {path}: {_one_line(error)}; "
+        "delete that folder to go on from an earlier one"
+    )
 
 
 def check_same_run(

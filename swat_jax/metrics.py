@@ -83,7 +83,7 @@ class MetricsWriter:
         except OSError as error:
             raise _cannot_write(self._lines, error) from error
 
-    def truncate(self, step: int) -> None:
+    def truncate(self, step: int, *, scored: bool = True) -> None:
         """Drops what was written after `step`, so that a resumed run repeats nothing.
 
         TensorBoard keeps the old events and is told to hide them. A half-written last line, as a
@@ -91,13 +91,15 @@ class MetricsWriter:
 
         Args:
           step: the step of the checkpoint that the run goes on from; 0 drops all but step 0.
+          scored: whether that checkpoint has its scores. Where it has not, the run evaluates it
+            again, and a line "eval" of `step` itself is dropped too.
         """
         self._purge_step = step + 1
         try:
             kept = [
                 line
                 for line in self._lines.read_text(encoding="utf-8").splitlines()
-                if _step_of(line) <= step
+                if _step_of(line) <= step and (scored or not _is_score_of(line, step))
             ]
             self._file.close()
             _replace(self._lines, "".join(f"{line}\n" for line in kept))
@@ -410,6 +412,11 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return math.inf
+
+
+def _is_score_of(line: str, step: int) -> bool:
+    values = json.loads(line)
+    return values["step"] == step and values["kind"] == "eval"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -5,6 +5,9 @@ or written. Then resuming goes in this order: the data are opened, the networks 
 newest complete checkpoint replaces the initial state, metrics beyond it are dropped, and the data
 go on at its epoch and step. All randomness is a function of seed and step, so a resumed run
 computes what an uninterrupted one would have.
+
+An epoch is saved before it is scored: whatever goes wrong with the test set costs no training, and
+the run that goes on from there begins with the scores that are missing.
 """
 
 from __future__ import annotations
@@ -88,13 +91,14 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
             state = _resumed(trainer, restored)
             report = dataclasses.replace(report, **restored.position["report"])
         done = 0 if restored is None else restored.step
+        scored = restored is not None and bool(restored.metrics)
         total = total_steps(trainer)
 
         if jax.process_index() == 0:
             metrics.write_json(workdir / "config.json", plain)
         writer = stack.enter_context(_open_writer(workdir))
         if writer is not None:
-            writer.truncate(done)
+            writer.truncate(done, scored=scored)
         # One of several processes speaks for all.
         silence = stack.enter_context(open(os.devnull, "w")) if jax.process_index() else None
         progress = stack.enter_context(
@@ -112,12 +116,27 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
         before = report.seconds - started
         pending: list[step.Metrics] = []
         logged, since = done, time.monotonic()
-        while done < total:
+        while True:
+            if not scored and _is_score_due(trainer, done):
+                scores = _evaluate_epoch(trainer, dataset, state, feed, report)
+                progress.message(_epoch_line(-(-done // trainer.steps_per_epoch), scores))
+                if writer is not None:
+                    writer.write(done, scores, kind="eval")
+                report.seconds = before + time.monotonic()
+                checkpointer.score(done, _position(trainer, done, report), scores)
+                since = time.monotonic()  # the rate is that of training alone
+            if done >= total:
+                break
             state, values, count = feed.advance(state, done)
-            done += count
+            done, scored = done + count, False
             pending.append(values)
-            epoch_end = done % trainer.steps_per_epoch == 0 or done == total
-            save_now = _is_multiple(done, config.checkpoint.every_steps)
+            epoch, rest = divmod(done, trainer.steps_per_epoch)
+            epoch_end = rest == 0 or done == total
+            save_now = (
+                done == total
+                or _is_multiple(done, config.checkpoint.every_steps)
+                or (rest == 0 and _is_multiple(epoch, config.checkpoint.every_epochs))
+            )
             if epoch_end or save_now or done - logged >= config.log.every_steps:
                 means = _means(pending)  # waits for the steps
                 rate = (done - logged) * config.batch_size / (time.monotonic() - since)
@@ -134,31 +153,16 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                 # The loss was that of the weights before; a checkpoint of these could not go on.
                 what = f"the weights are not finite after step {done}"
                 raise RunError(_not_finite(what, checkpointer))
-            scores: dict[str, float] = {}
-            epoch = -(-done // trainer.steps_per_epoch)
-            if epoch_end and (_is_multiple(epoch, config.eval.every_epochs) or done == total):
-                scores = _evaluate_epoch(trainer, dataset, state, feed, report)
-                progress.message(_epoch_line(epoch, scores))
-                if writer is not None:
-                    writer.write(done, scores, kind="eval")
-            save_now |= epoch_end and _is_multiple(epoch, config.checkpoint.every_epochs)
-            if save_now or done == total:
+            if save_now:
                 report.seconds = before + time.monotonic()
-                position = {
-                    "epoch": done // trainer.steps_per_epoch,
-                    "step_in_epoch": done % trainer.steps_per_epoch,
-                    "report": dataclasses.asdict(report),
-                }
-                checkpointer.save(done, state, position, scores)
-            if scores or save_now:
-                since = time.monotonic()  # the rate is that of training alone
+                checkpointer.save(done, state, _position(trainer, done, report))
+                since = time.monotonic()
 
         if best:
             chosen = checkpointer.restore(state, best=True)
             if chosen is not None:
                 state = chosen.state
                 progress.message(f"final scores are of step {chosen.step}, best on the holdout")
-        report.seconds = before + time.monotonic()
         result = _final(trainer, dataset, state, feed, report)
 
     if jax.process_index() == 0:
@@ -194,11 +198,24 @@ def layer_table(config: Any, result: dict[str, Any]) -> str:
 class _Report:
     """What a run adds up for its result; part of every checkpoint's position."""
 
-    seconds: float = 0.0  # wall time of all processes of the run, one after the other
+    # Wall time up to the last checkpoint, of all processes of the run one after the other. The
+    # final scores are not in it: they may be asked for again, and the figure must not grow then.
+    seconds: float = 0.0
     rates: list[float] = dataclasses.field(default_factory=list)  # images/s between two logs
     final_loss: float | None = None
     flop_reduction: float = 0.0  # sum over the measurements, percent
     measurements: int = 0
+
+
+def _position(trainer: Trainer, done: int, report: _Report) -> dict[str, Any]:
+    epoch, rest = divmod(done, trainer.steps_per_epoch)
+    return {"epoch": epoch, "step_in_epoch": rest, "report": dataclasses.asdict(report)}
+
+
+def _is_score_due(trainer: Trainer, done: int) -> bool:
+    epoch, rest = divmod(done, trainer.steps_per_epoch)
+    at_epoch = done > 0 and rest == 0 and _is_multiple(epoch, trainer.config.eval.every_epochs)
+    return at_epoch or done >= total_steps(trainer)
 
 
 def _evaluate_epoch(

@@ -1,6 +1,8 @@
 """Checkpoints come back bit for bit, whatever happened while they were written."""
 
+import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -81,7 +83,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, optimizer_state):
     with open_checkpoints(tmp_path / "deep" / "checkpoints") as checkpoints:
         assert checkpoints.restore(state) is None
         assert not (tmp_path / "deep").exists()
-        assert checkpoints.save(300, state, position, {"loss": 0.5})
+        assert checkpoints.save(300, state, position)
     # Another process would come with shapes only.
     template = jax.eval_shape(lambda: state)
     with open_checkpoints(tmp_path / "deep" / "checkpoints") as checkpoints:
@@ -89,7 +91,7 @@ def test_round_trip_is_bit_for_bit(tmp_path, optimizer_state):
     assert restored is not None
     assert_same_bits(restored.state, state)
     assert restored.position == position
-    assert (restored.step, restored.metrics, restored.refreshed) == (300, {"loss": 0.5}, ())
+    assert (restored.step, restored.metrics, restored.refreshed) == (300, {}, ())
 
 
 def test_keeps_the_newest(tmp_path):
@@ -112,13 +114,43 @@ def test_a_step_is_saved_once(tmp_path):
     assert (float(restored.state["x"]), restored.position) == (1.0, {"first": True})
 
 
+def test_scores_come_after_the_checkpoint(tmp_path, monkeypatch):
+    state = {"x": jnp.float32(1)}
+    with open_checkpoints(tmp_path) as checkpoints:
+        assert not checkpoints.score(1, {}, {"loss": 0.5})
+        assert not list(tmp_path.iterdir())
+        checkpoints.save(1, state, {"seconds": 1})
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint.os, "fsync", no_space)
+            with pytest.raises(RunError, match=r"cannot write .*: No space left .* is intact"):
+                checkpoints.score(1, {"seconds": 2}, {"loss": 0.5})
+        without = checkpoints.restore(state)
+        assert checkpoints.score(1, {"seconds": 2}, {"loss": jnp.float32(0.5)})
+        scored = checkpoints.restore(state)
+        (tmp_path / "1" / "scores.json").write_text("{")
+        with pytest.raises(RunError, match=r"cannot read the checkpoint .*/1: JSONDecodeError"):
+            checkpoints.restore(state)
+    assert without is not None
+    assert scored is not None
+    assert (without.position, without.metrics) == ({"seconds": 1}, {})
+    assert (scored.position, scored.metrics) == ({"seconds": 2}, {"loss": 0.5})
+    assert_same_bits(scored.state, state)
+
+
+def no_space(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_best_by_a_metric_stays(tmp_path):
     accuracies = {1: 0.5, 2: 0.9, 3: None, 4: float("nan"), 5: 0.9, 6: 0.7}
     with open_checkpoints(tmp_path, best_metric="holdout_accuracy") as checkpoints:
         assert checkpoints.restore({"x": jnp.float32(0)}, best=True) is None
         for step, accuracy in accuracies.items():
-            metrics = {} if accuracy is None else {"holdout_accuracy": accuracy, "loss": 1.0}
-            checkpoints.save(step, {"x": jnp.float32(step)}, {}, metrics)
+            checkpoints.save(step, {"x": jnp.float32(step)}, {})
+            if accuracy is not None:
+                # Until it is scored, the best one so far and the newest are there.
+                assert checkpoints.steps() == sorted({min(max(step - 1, 1), 2), step})
+                checkpoints.score(step, {}, {"holdout_accuracy": accuracy, "loss": 1.0})
         assert checkpoints.steps() == [2, 6]
         best = checkpoints.restore({"x": jnp.float32(0)}, best=True)
         last = checkpoints.restore({"x": jnp.float32(0)})

@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from swat_jax import train
-from swat_jax.errors import RunError
+from swat_jax import checkpoint, train
+from swat_jax.errors import RunError, UsageError
 from tests.runs import assert_same_bits, digits, final_arrays, newest_step
 
 
@@ -30,6 +30,49 @@ def test_max_steps_stops_and_more_of_them_go_on_with_the_same_bits(tmp_path):
     assert trained == sorted(set(trained))
     assert trained[:3] == [2, 4, 5]
     assert trained[-1] == 24
+
+
+def test_what_goes_wrong_in_scoring_an_epoch_costs_no_training(tmp_path, monkeypatch):
+    """At its start, and when the scores are in the log but not yet in the checkpoint."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = {"epochs": 3, "batch_size": 256, "log__every_steps": 3}
+    config = digits(data__holdout=0.2, checkpoint__select="best_holdout", **options)
+    expected = train.train_and_evaluate(config, whole)
+
+    advance, starts = train.Resident.advance, []
+
+    def counted(self, state, done):
+        starts.append(done)
+        return advance(self, state, done)
+
+    monkeypatch.setattr(train.Resident, "advance", counted)
+    steps_per_epoch = 4  # of the 1,150 images that are not held out
+    for owner, name in ((train, "evaluate"), (checkpoint.Checkpointer, "score")):
+        with monkeypatch.context() as patch:
+            # The second epoch's, or the first one of the run that goes on from there.
+            patch.setattr(owner, name, failing(getattr(owner, name), starts, 2 * steps_per_epoch))
+            with pytest.raises(UsageError, match=r"^test/7\.jpg: cannot be read$"):
+                train.train_and_evaluate(config, broken)
+        assert newest_step(broken) == 2 * steps_per_epoch
+        assert not (broken / "result.json").exists()
+    result = train.train_and_evaluate(config, broken)
+
+    assert starts == list(range(3 * steps_per_epoch)), "an epoch was trained twice, or not at all"
+    assert_same_bits(final_arrays(broken), final_arrays(whole))
+    assert (broken / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    timed = {"seconds", "images_per_second"}
+    assert {k: v for k, v in result.items() if k not in timed} == {
+        k: v for k, v in expected.items() if k not in timed
+    }
+
+
+def failing(function, starts, done):
+    def fails_at(*arguments, **options):
+        if len(starts) >= done:
+            raise UsageError("test/7.jpg: cannot be read")
+        return function(*arguments, **options)
+
+    return fails_at
 
 
 def test_a_run_that_diverges_names_the_step_and_keeps_a_good_checkpoint(tmp_path):

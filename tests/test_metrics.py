@@ -89,6 +89,18 @@ def test_a_resumed_run_repeats_nothing(tmp_path):
     assert starts == [3]
 
 
+@pytest.mark.parametrize("scored", [True, False])
+def test_scores_that_will_come_again_are_dropped(tmp_path, scored):
+    with MetricsWriter(tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write(step, {"loss": 1.0})
+            writer.write(step, {"accuracy": 0.5}, kind="eval")
+        writer.truncate(2, scored=scored)
+    kept = [(line["step"], line["kind"]) for line in read_lines(tmp_path)]
+    scores_of_2 = [(2, "eval")] if scored else []
+    assert kept == [(1, "train"), (1, "eval"), (2, "train"), *scores_of_2]
+
+
 def test_truncate_of_a_new_run_is_harmless(tmp_path):
     with MetricsWriter(tmp_path) as writer:
         writer.truncate(0)
