@@ -23,7 +23,7 @@ from typing import Any
 
 from absl import flags
 
-from swat_jax import config_file
+from swat_jax import config_file, method
 from swat_jax.errors import UsageError
 from swat_jax.layer_table import Layer, layer_table, network_table
 from swat_jax.sparsity import distribution
@@ -181,7 +181,7 @@ def report(config: Any, num_classes: int | None = None) -> dict[str, Any]:
     found = sparsities(layers, config.sparsity)
     result = {
         "network": config.model.name,
-        "method": config.sparsity.method,
+        "method": method.label(config.sparsity),
         "training_flop_reduction": training_flop_reduction(layers, found.weight, found.activation),
         "inference_flop_reduction": inference_flop_reduction(layers, found.weight),
         "channels_pruned": channels_pruned(layers, found.weight, config.sparsity.granularity),

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         return 130
     if jax.process_index() == 0:
         print(train.layer_table(config, result))
-        print(metrics.final_table({config.sparsity.method: result}))
+        print(metrics.final_table({result["method"]: result}))
     return 0
 
 

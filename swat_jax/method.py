@@ -6,7 +6,7 @@ Every config takes it as its argument: `--config configs/cifar10_resnet18.py:cha
 import dataclasses
 import decimal
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -93,3 +93,46 @@ def apply(config: ConfigDict, text: str) -> ConfigDict:
     config.sparsity.activation = method.sparsity
     config.sparsity.first_layer_dense = method.distribution in ("dense", "uniform")
     return config
+
+
+def label(sparsity: Any) -> str:
+    """What a run under `config.sparsity` is called where its results are shown.
+
+    It comes from the values alone, since a flag may have changed any of them after the method was
+    named: `config.sparsity.method` says what the run started from.
+
+    Args:
+      sparsity: the section, with the keys that `apply` fills.
+
+    Returns:
+      The method's name where the values are those of a method, else a name that says all of them.
+
+    Example:
+      >>> from swat_jax import recipe
+      >>> config = apply(recipe.digits(), "u90")
+      >>> label(config.sparsity)
+      'u90'
+      >>> config.sparsity.weight = 0.8
+      >>> label(config.sparsity)
+      'u (weight 80, activation 90)'
+    """
+    if sparsity.distribution == "dense":
+        return "dense"
+    kind = (sparsity.distribution, sparsity.granularity)
+    names = {meaning: name for name, meaning in _KINDS.items()}
+    name = names.get(kind, " ".join(kind) + " ")
+    weight, activation = _percent(sparsity.weight), _percent(sparsity.activation)
+    remarks = []
+    if weight == activation:
+        name += weight
+    else:
+        remarks += [f"weight {weight}", f"activation {activation}"]
+    if sparsity.first_layer_dense != (sparsity.distribution == "uniform"):
+        remarks.append(f"first layer {'dense' if sparsity.first_layer_dense else 'sparse'}")
+    return f"{name.strip()} ({', '.join(remarks)})" if remarks else name
+
+
+def _percent(fraction: float) -> str:
+    """The decimal that was asked for, in percent: 0.975 is "97.5"."""
+    percent = format(decimal.Decimal(str(fraction)) * 100, "f")
+    return percent.rstrip("0").rstrip(".") if "." in percent else percent

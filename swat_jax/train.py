@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from swat_jax import checkpoint, data, flops, metrics, pruning, step
+from swat_jax import checkpoint, data, flops, method, metrics, pruning, step
 from swat_jax.data import Dataset, Split
 from swat_jax.errors import RunError, UsageError
 from swat_jax.feed import Feed, Resident, Stream, total_steps
@@ -337,7 +337,7 @@ def _final(
         "steps": int(state["step"]),
         "dataset": config.dataset,
         "network": config.model.name,
-        "method": config.sparsity.method,
+        "method": method.label(config.sparsity),
         "seed": config.seed,
         "num_classes": info.num_classes,
         "image_shape": list(info.image_shape),

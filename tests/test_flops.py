@@ -187,6 +187,12 @@ def run(capsys, *arguments):
     return code, captured.out, captured.err
 
 
+def test_command_line_names_what_flags_made_of_the_method(capsys):
+    flags = ["--config.sparsity.weight=0.8", "--config.sparsity.activation=0.8"]
+    _, out, _ = run(capsys, "--config", "configs/digits.py:u90", *flags)
+    assert "resnet8, u80: " in out
+
+
 def test_command_line_json(capsys):
     code, out, err = run(capsys, "--config", "configs/digits.py:channel70", "--json")
     result = json.loads(out)

@@ -70,6 +70,16 @@ def test_a_run_prints_its_tables_and_the_same_command_scores_it_again(workdir, c
     assert repeated == output
 
 
+def test_what_a_flag_made_of_the_method_is_in_the_heading(tmp_path, capsys):
+    flags = ("--config.max_steps=1", "--config.sparsity.weight=0.8")
+    assert main.main([*RUN, *flags, f"--workdir={tmp_path}"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert "u (weight 80, activation 90)" in lines
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["method"] == "u (weight 80, activation 90)"
+    assert result["weight_sparsity"] == pytest.approx(0.8, abs=2e-3)
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -95,3 +95,33 @@ def test_apply_fills_the_config_and_nothing_else(text, first_dense):
         "threshold_every_steps": 7,
         "exact_epochs": 3,
     }
+
+
+@pytest.mark.parametrize("text", ["dense", "u90", "erk97.5", "m0", "channel70", "filter50"])
+def test_the_label_of_a_method_is_its_name(text):
+    assert method.label(method.apply(recipe.digits(), text).sparsity) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "label"),
+    [
+        ("u90", {"weight": 0.8}, "u (weight 80, activation 90)"),
+        ("u90", {"weight": 0.8, "activation": 0.8}, "u80"),
+        ("u90", {"activation": 0.0}, "u (weight 90, activation 0)"),
+        ("u90", {"first_layer_dense": False}, "u90 (first layer sparse)"),
+        ("u90", {"granularity": "channel"}, "channel90"),
+        ("u90", {"distribution": "erk", "first_layer_dense": False}, "erk90"),
+        ("u90", {"distribution": "dense", "weight": 0.0, "activation": 0.0}, "dense"),
+        ("erk90", {"granularity": "filter"}, "erk filter 90"),
+        (
+            "erk90",
+            {"granularity": "filter", "weight": 0.875},
+            "erk filter (weight 87.5, activation 90)",
+        ),
+        ("dense", {"distribution": "uniform", "weight": 0.5}, "u (weight 50, activation 0)"),
+    ],
+)
+def test_the_label_says_what_flags_made_of_it(text, changes, label):
+    config = method.apply(recipe.digits(), text)
+    config.sparsity.update(changes)
+    assert method.label(config.sparsity) == label
