@@ -47,9 +47,7 @@ def library(tmp_path, monkeypatch):
         pytest.skip("no C compiler (cc)")
 
     def compile_it(minor=0, names=native.HANDLERS, info=INFO_TEXT, file="lib.so"):
-        functions = [
-            f"void *swat_jax_{handler}(void *frame) {{ return 0; }}" for handler in handlers
-        ]
+        functions = [f"void *swat_jax_{name}(void *frame) {{ return 0; }}" for name in names]
         functions.append(f"int swat_jax_ffi_api_minor(void) {{ return {minor}; }}")
         if info is not None:
             text = json.dumps(info)  # quotes it as C does
