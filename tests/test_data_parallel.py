@@ -37,21 +37,20 @@ def single(dataset):
 
 @pytest.fixture(scope="module")
 def quarters(single, batch):
-    """The state after one step on one device, for each part of the batch."""
+    """State and metrics after one step on one device, for each part of the batch."""
     trainer, make_state = single
-    states = []
+    found = []
     for part in range(PARTS):
         rows = slice(part * PART, (part + 1) * PART)
         inputs = step.put_batch(trainer, batch[0][rows], batch[1][rows])
-        states.append(jax.device_get(trainer.train_step(make_state(), *inputs)[0]))
-    return states
+        found.append(jax.device_get(trainer.train_step(make_state(), *inputs)))
+    return found
 
 
 @pytest.fixture(scope="module")
 def together(dataset, batch, fake_devices):
     trainer, make_state = step.make_trainer(digits(PARTS), dataset.info, step.make_mesh(PARTS))
-    state, _ = trainer.train_step(make_state(), *step.put_batch(trainer, *batch))
-    return trainer, state
+    return trainer.train_step(make_state(), *step.put_batch(trainer, *batch))
 
 
 def flat(tree):
@@ -74,24 +73,29 @@ def test_gradients_and_averages_are_means_of_the_quarters(together, quarters):
     The arithmetic is the same, but for the order of float32 sums where XLA fuses in another way:
     1e-5 of the largest value of each array.
     """
-    buffers = [flat(optimizer.momentum_buffer(state["optimizer"])) for state in quarters]
-    state = jax.device_get(together[1])
+    buffers = [flat(optimizer.momentum_buffer(state["optimizer"])) for state, _ in quarters]
+    state, metrics = jax.device_get(together)
     assert_mean(flat(optimizer.momentum_buffer(state["optimizer"])), buffers, 1e-5)
-    parts = [flat(part["batch_stats"]) for part in quarters]
-    assert_mean(flat(state["batch_stats"]), parts, 1e-5)
+    # The schedule's first rate does not depend on the batch size, so updates are averaged too.
+    for name in ("params", "batch_stats"):
+        assert_mean(flat(state[name]), [flat(part[name]) for part, _ in quarters], 1e-5)
+    for name, value in metrics.items():
+        assert value == pytest.approx(np.mean([part[name] for _, part in quarters]), rel=1e-5)
 
 
 def test_each_device_holds_the_threshold_of_its_quarter(together, quarters):
-    found = flat(jax.device_get(together[1]["activation_thresholds"]))
+    found = flat(jax.device_get(together[0]["activation_thresholds"]))
     assert len(found) == 8  # all convs but the first, which is dense
     for name, limits in found.items():
-        expected = [flat(state["activation_thresholds"])[name][0] for state in quarters]
+        assert limits.shape == (PARTS,)
+        expected = [flat(state["activation_thresholds"])[name][0] for state, _ in quarters]
         assert limits == pytest.approx(expected, rel=1e-5), name
         assert len(set(limits.tolist())) == PARTS, name
+    assert {leaf.shape for leaf in jax.tree.leaves(together[0]["weight_thresholds"])} == {()}
 
 
 def test_what_is_not_sharded_is_the_same_on_every_device(together):
-    for name, leaf in flat(together[1]).items():
+    for name, leaf in flat(together[0]).items():
         if "activation_threshold" not in name:
             copies = [np.asarray(shard.data).tobytes() for shard in leaf.addressable_shards]
             assert len(copies) == PARTS

@@ -20,6 +20,7 @@ def facts():
     return data.load(digits()).info
 
 
+@functools.cache
 def trainer_of(method="u90", devices=1, **overrides):
     config = digits(method, devices=devices, batch_size=BATCH, **overrides)
     return step.make_trainer(config, facts(), step.make_mesh(devices))
@@ -32,13 +33,11 @@ def batch(size=BATCH):
     return first["image"], first["label"]
 
 
-def one_step(method="u90", devices=1, images=None, labels=None, **overrides):
+def one_step(method="u90", devices=1, **overrides):
     trainer, make_state = trainer_of(method, devices, **overrides)
     before = make_state()
     start = jax.device_get(before)
-    if images is None:
-        images, labels = batch()
-    after, metrics = trainer.train_step(before, *step.put_batch(trainer, images, labels))
+    after, metrics = trainer.train_step(before, *step.put_batch(trainer, *batch()))
     return trainer, start, jax.device_get(after), jax.device_get(metrics)
 
 
@@ -63,57 +62,25 @@ def test_four_devices_are_one_where_nothing_is_per_device(fake_devices):
     assert_close(four["batch_stats"], one["batch_stats"], 1e-4)
 
 
-def test_four_devices_are_the_mean_of_four_runs_on_the_quarters(fake_devices):
-    """Top-K and batch norm are per device: each quarter of the batch is a run of its own."""
-    images, labels = batch()
-    _, start, four, metrics = one_step(devices=4)
-    quarters = []
-    for part in range(4):
-        rows = slice(part * BATCH // 4, (part + 1) * BATCH // 4)
-        config = digits(devices=1, batch_size=BATCH // 4)
-        trainer, make_state = step.make_trainer(config, facts(), step.make_mesh(1))
-        state, found = trainer.train_step(
-            make_state(), *step.put_batch(trainer, images[rows], labels[rows])
-        )
-        quarters.append((jax.device_get(state), jax.device_get(found)))
-    # The schedule's first rate does not depend on the batch size, so updates are averaged too.
-    for name in ("params", "batch_stats"):
-        mean = jax.tree.map(lambda *parts: np.mean(parts, axis=0), *(s[name] for s, _ in quarters))
-        assert_close(four[name], mean, 1e-4)
-    assert metrics["loss"] == pytest.approx(np.mean([m["loss"] for _, m in quarters]), rel=1e-5)
-    changed = jax.tree.map(lambda a, b: np.abs(a - b).max(), four["params"], start["params"])
-    assert max(jax.tree.leaves(changed)) > 1e-3
-
-
-def test_each_device_has_its_own_activation_thresholds(fake_devices):
-    _, _, four, _ = one_step(devices=4, sparsity__threshold_every_steps=2)
-    limits = jax.tree.leaves(four["activation_thresholds"])
-    assert {limit.shape for limit in limits} == {(4,)}
-    assert all(len(set(limit.tolist())) == 4 for limit in limits)
-    assert {leaf.shape for leaf in jax.tree.leaves(four["weight_thresholds"])} == {()}
-
-
-@pytest.mark.parametrize("exact_epochs", [0, 1])
-def test_thresholds_are_recomputed_when_they_are_due(exact_epochs):
-    trainer, make_state = trainer_of(
-        sparsity__threshold_every_steps=3, sparsity__exact_epochs=exact_epochs
-    )
+def test_thresholds_are_recomputed_when_they_are_due():
+    """At every third step of an epoch, and at every step of the exact first epoch."""
+    trainer, make_state = trainer_of(sparsity__threshold_every_steps=3, sparsity__exact_epochs=1)
     state = make_state()
     inputs = step.put_batch(trainer, *batch())
-    # The last two steps of an epoch and the first two of the next.
-    state["step"] = jax.device_put(jnp.int32(trainer.steps_per_epoch - 2), trainer.replicated)
     seen = []
-    for _ in range(4):
-        due = (int(state["step"]) % trainer.steps_per_epoch) % 3 == 0
-        exact = int(state["step"]) < exact_epochs * trainer.steps_per_epoch
-        before = limits(state)
-        first = bool(state["stale"])
-        state, _ = trainer.train_step(state, *inputs)
-        changed = limits(state) != before
-        assert changed == (due or exact or first)
-        seen.append(changed)
-    assert True in seen
-    assert (False in seen) == (exact_epochs == 0 or not all(seen))
+    for epoch in (1, 2):
+        # The last two steps of an epoch and the first two of the next.
+        start = jnp.int32(epoch * trainer.steps_per_epoch - 2)
+        state["step"] = jax.device_put(start, trainer.replicated)
+        for _ in range(4):
+            before = limits(state)
+            state, _ = trainer.train_step(state, *inputs)
+            seen.append(limits(state) != before)
+    positions = [(trainer.steps_per_epoch - 2 + i) % trainer.steps_per_epoch for i in range(4)]
+    due = [position % 3 == 0 for position in positions]
+    assert False in due[:2]
+    assert False in due[2:]
+    assert seen == [True, True, *due[2:], *due]
 
 
 def limits(state):
@@ -212,8 +179,8 @@ def test_a_broken_network_scores_nothing():
 
 
 def test_measured_sparsity_is_that_of_the_masks():
-    trainer, _, after, _ = one_step("u90")
-    state = jax.device_put(after, trainer.state_sharding())
+    trainer, make_state = trainer_of("u90")
+    state = make_state()
     found = jax.device_get(trainer.measure(state, *step.put_batch(trainer, *batch())))
     pruned = jax.device_get(trainer.prune(state))
     for layer in trainer.layers:
