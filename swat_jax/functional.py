@@ -1,4 +1,4 @@
-"""SWAT convolution and linear product: the only place with gradient rules.
+"""SWAT convolution, linear product and batch norm: the only place with gradient rules.
 
 For weights ``W``, input ``x`` and output gradient ``dY``, with masks by top-K magnitude:
 
@@ -9,6 +9,13 @@ For weights ``W``, input ``x`` and output gradient ``dY``, with masks by top-K m
   they can come back.
 
 A bias is added outside, so its gradient is dense.
+
+Between two products, `batch_norm_relu` makes the dense input of the next product together with its
+packed form. It keeps its own input and, after an addition, one bit per value; the product keeps the
+packed form. So nobody keeps the dense activation.
+
+XLA would bring it back: it fuses packing into the backward pass, or unpacks early. Every backward
+rule therefore first ties what it kept to the gradient that comes in, as `jax.checkpoint` does.
 
 Source: SWAT (Raihan & Aamodt, NeurIPS 2020), section 3 and algorithm 1.
 """
@@ -54,6 +61,7 @@ def swat_conv(
     weight_threshold: jax.Array | float | None = None,
     activation_threshold: jax.Array | float | None = None,
     packed: Packed | None = None,
+    capacity: int | None = None,
     precision: Precision = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
@@ -80,7 +88,11 @@ def swat_conv(
       granularity: what the weight mask selects, see `swat_jax.sparsity.granularity`.
       weight_threshold: smallest score that is kept.
       activation_threshold: smallest magnitude that is kept.
-      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it.
+      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it, or
+        of it what reaches ``activation_threshold`` if that is given.
+      capacity: how many values of ``x`` are kept in packed form, at least 1: the backward pass
+        then has them from a `Packed` that is made here. None: they are kept as a dense array with
+        zeros.
       precision: as in `jax.lax.conv_general_dilated`.
       preferred_element_type: as there.
 
@@ -122,7 +134,7 @@ def swat_conv(
     activations = _activation_selection(
         x, packed, activation_sparsity, activation_keep, activation_threshold
     )
-    return _swat_product(conv, granularity, x, kernel, packed, weights, activations)
+    return _swat_product(conv, granularity, capacity, x, kernel, packed, weights, activations)
 
 
 def swat_linear(
@@ -136,6 +148,7 @@ def swat_linear(
     weight_threshold: jax.Array | float | None = None,
     activation_threshold: jax.Array | float | None = None,
     packed: Packed | None = None,
+    capacity: int | None = None,
     precision: Precision = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
@@ -150,7 +163,11 @@ def swat_linear(
       activation_keep: in place of the sparsity: how many values of ``x`` are kept.
       weight_threshold: smallest magnitude of a weight that is kept.
       activation_threshold: smallest magnitude of ``x`` that is kept.
-      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it.
+      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it, or
+        of it what reaches ``activation_threshold`` if that is given.
+      capacity: how many values of ``x`` are kept in packed form, at least 1: the backward pass
+        then has them from a `Packed` that is made here. None: they are kept as a dense array with
+        zeros.
       precision: as in `jax.lax.dot_general`.
       preferred_element_type: as there.
 
@@ -176,7 +193,7 @@ def swat_linear(
     activations = _activation_selection(
         x, packed, activation_sparsity, activation_keep, activation_threshold
     )
-    return _swat_product(product, "unstructured", x, kernel, packed, weights, activations)
+    return _swat_product(product, "unstructured", capacity, x, kernel, packed, weights, activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,25 +293,28 @@ def _activation_selection(
             f"packed must hold x, {x.dtype}{list(x.shape)}; "
             f"it holds {packed.dtype}{list(packed.shape)}"
         )
-    return _Selection(None, None)
+    return _Selection(None, None if threshold is None else jnp.asarray(threshold))
 
 
 def _swat_product(
     product: _Convolution | _MatrixProduct,
     granularity: str,
+    capacity: int | None,
     x: jax.Array,
     kernel: jax.Array,
     packed: Packed | None,
     weights: _Selection,
     activations: _Selection,
 ) -> jax.Array:
+    if capacity is not None and (isinstance(capacity, bool) or capacity < 1):
+        raise UsageError(f"capacity must be a whole number of values >= 1, got {capacity!r}")
     # In `shard_map` every operand must vary as the others do; the cast's transpose sums a
     # replicated kernel's gradient over the devices.
     everything = (x, kernel, packed, weights, activations)
     x, kernel, packed, weights, activations = jax.tree.map(
         lambda leaf: varying_like(leaf, everything), everything
     )
-    rule = _Rule(product, granularity, kernel.dtype)
+    rule = _Rule(product, granularity, kernel.dtype, capacity)
     return _product(rule, x, kernel, packed, weights, activations)
 
 
@@ -303,6 +323,7 @@ class _Rule:
     product: _Convolution | _MatrixProduct
     granularity: str
     kernel_dtype: Any
+    capacity: int | None
 
     def masked_weights(self, kernel: jax.Array, keep: _Selection, dtype: Any) -> jax.Array:
         if keep == (None, None):
@@ -329,6 +350,7 @@ def _product(
 
 class _Residuals(NamedTuple):
     x: jax.Array | Packed  # zero off the mask
+    least: jax.Array | None  # of a packed x: what is smaller is off the mask too
     kernel: jax.Array  # zero off the mask, in the type of x
 
 
@@ -341,14 +363,18 @@ def _product_forward(
     activations: _Selection,
 ) -> tuple[jax.Array, _Residuals]:
     masked = rule.masked_weights(kernel, weights, x.dtype)
-    kept = x if packed is None else packed
-    if activations != (None, None):
-        limit = activations.threshold
-        if limit is None:
-            assert activations.keep is not None
-            limit = kernels.threshold(x, activations.keep)
-        kept = kernels.sparsify(x, limit)
-    return rule.product(x, masked), _Residuals(kept, masked)
+    y = rule.product(x, masked)
+    if packed is not None:
+        return y, _Residuals(packed, activations.threshold, masked)
+    if activations == (None, None):
+        return y, _Residuals(x, None, masked)
+    limit = activations.threshold
+    if limit is None:
+        assert activations.keep is not None
+        limit = kernels.threshold(x, activations.keep)
+    if rule.capacity is None:
+        return y, _Residuals(kernels.sparsify(x, limit), None, masked)
+    return y, _Residuals(kernels.pack(x, limit, rule.capacity), None, masked)
 
 
 def _product_backward(
@@ -357,13 +383,229 @@ def _product_backward(
     # The barrier keeps XLA from making the sparse residual early and keeping a dense copy.
     residuals, dy = lax.optimization_barrier((residuals, dy))
     kernel = residuals.kernel
-    x = kernels.unpack(residuals.x) if isinstance(residuals.x, Packed) else residuals.x
+    x = residuals.x
+    if isinstance(x, Packed):
+        x = kernels.unpack(x, residuals.least)
     (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), x)(dy)
     (dw,) = jax.linear_transpose(lambda value: rule.product(x, value), kernel)(dy)
     return dx, dw.astype(rule.kernel_dtype), None, None, None
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+class BatchNormOutput(NamedTuple):
+    """What `batch_norm_relu` returns.
+
+    Attributes:
+      y: the result, once for every reader that was asked for.
+      x: the input again, if that was asked for, else None.
+      mean: (channels,) of the batch; no gradient flows through it.
+      variance: (channels,), biased; likewise.
+      packed: the packed form of the result, or None.
+      thresholds: float32, one per selection, or None.
+    """
+
+    y: tuple[jax.Array, ...]
+    x: jax.Array | None
+    mean: jax.Array
+    variance: jax.Array
+    packed: Packed | None
+    thresholds: jax.Array | None
+
+
+def batch_norm_relu(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    *,
+    residual: jax.Array | None = None,
+    relu: bool = True,
+    epsilon: float = 1e-5,
+    statistics: tuple[jax.Array, jax.Array] | None = None,
+    axis_name: str | None = None,
+    readers: int = 1,
+    returns_input: bool = False,
+    selection: kernels.Selection | None = None,
+) -> BatchNormOutput:
+    """Batch norm, addition and ReLU, with the packed form that the next products keep.
+
+    Args:
+      x: (..., channels) floats.
+      scale: (channels,).
+      bias: (channels,).
+      residual: added before the ReLU, of the shape and type of ``x``; or None.
+      relu: whether negative values become 0.
+      epsilon: added to the variance.
+      statistics: mean and variance to use as constants (for evaluation); None: those of ``x``.
+      axis_name: mapped axis over which statistics are averaged.
+      readers: how often the result is returned. Whoever reads it takes one of its own: their
+        gradients then meet inside the backward passes and need no addition of their own.
+      returns_input: whether ``x`` is returned too, for a shortcut that branches off before the
+        norm; its gradient then joins in the same way.
+      selection: what is packed, if anything.
+
+    Returns:
+      See `BatchNormOutput`.
+
+    Raises:
+      UsageError: if shapes or types do not fit.
+
+    Example:
+      >>> out = batch_norm_relu(jnp.ones((2, 4, 4, 8)), jnp.ones(8), jnp.zeros(8))
+      >>> out.y[0].shape
+      (2, 4, 4, 8)
+
+    Source: Ioffe and Szegedy, "Batch normalization", 2015.
+    """
+    _check_floats("x", x)
+    channels = x.shape[-1:]
+    vectors = {"scale": scale, "bias": bias}
+    if statistics is not None:
+        vectors |= {"statistics[0]": statistics[0], "statistics[1]": statistics[1]}
+    for name, vector in vectors.items():
+        if x.ndim < 2 or vector.shape != channels:
+            raise UsageError(
+                f"{name} must have the shape (channels,) for x (..., channels); "
+                f"got {vector.shape} for {x.shape}"
+            )
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise UsageError(
+            f"residual must be like x, {x.dtype}{list(x.shape)}; "
+            f"got {residual.dtype}{list(residual.shape)}"
+        )
+    if readers < 1:
+        raise UsageError(f"readers must be at least 1, got {readers}")
+    everything = (x, scale, bias, residual, statistics, selection)
+    arrays = None
+    rule = _NormRule(
+        relu=relu,
+        epsilon=epsilon,
+        axis_name=axis_name,
+        readers=readers,
+        returns_input=returns_input,
+        adds=residual is not None,
+        constant=statistics is not None,
+        capacity=None,
+        fits=False,
+    )
+    if selection is not None:
+        rule = dataclasses.replace(rule, capacity=selection.capacity, fits=selection.fits)
+        arrays = (selection.keep, selection.is_refresh, selection.stored)
+    x, scale, bias, residual, statistics, arrays = jax.tree.map(
+        lambda leaf: varying_like(leaf, everything),
+        (x, scale, bias, residual, statistics, arrays),
+    )
+    return _batch_norm_relu(rule, x, scale, bias, residual, statistics, arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _NormRule:
+    relu: bool
+    epsilon: float
+    axis_name: str | None
+    readers: int
+    returns_input: bool
+    adds: bool  # whether there is a residual
+    constant: bool  # whether mean and variance were given
+    capacity: int | None
+    fits: bool
+
+    def selection(self, arrays: tuple[Any, ...] | None) -> kernels.Selection | None:
+        if arrays is None:
+            return None
+        assert self.capacity is not None
+        keep, is_refresh, stored = arrays
+        return kernels.Selection(keep, self.capacity, self.fits, is_refresh, stored)
+
+
+class _NormResiduals(NamedTuple):
+    x: jax.Array
+    positive: jax.Array | None  # bitmap, where the sign cannot be found again from x
+    vectors: tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # mean, variance, scale, bias
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _batch_norm_relu(
+    rule: _NormRule,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None,
+    statistics: tuple[jax.Array, jax.Array] | None,
+    arrays: tuple[Any, ...] | None,
+) -> BatchNormOutput:
+    return _norm_forward(rule, x, scale, bias, residual, statistics, arrays)[0]
+
+
+def _norm_forward(
+    rule: _NormRule,
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None,
+    statistics: tuple[jax.Array, jax.Array] | None,
+    arrays: tuple[Any, ...] | None,
+) -> tuple[BatchNormOutput, _NormResiduals]:
+    if statistics is None:
+        mean, variance = kernels.batch_norm_statistics(x)
+        if rule.axis_name is not None:
+            # Of all devices: the mean of the means, and what the means add to the variances.
+            everywhere = lax.pmean(mean, rule.axis_name)
+            variance = lax.pmean(variance + jnp.square(mean - everywhere), rule.axis_name)
+            mean = everywhere
+    else:
+        mean, variance = statistics
+    vectors = (mean, variance, scale, bias)
+    result = kernels.batch_norm_relu(
+        x,
+        *vectors,
+        residual,
+        epsilon=rule.epsilon,
+        relu=rule.relu,
+        keeps_signs=rule.relu and rule.adds,
+        selection=rule.selection(arrays),
+    )
+    output = BatchNormOutput(
+        y=(result.y,) * rule.readers,
+        x=x if rule.returns_input else None,
+        mean=mean,
+        variance=variance,
+        packed=result.packed,
+        thresholds=result.thresholds,
+    )
+    return output, _NormResiduals(x, result.positive, vectors)
+
+
+def _norm_backward(
+    rule: _NormRule, residuals: _NormResiduals, output: BatchNormOutput
+) -> tuple[Any, ...]:
+    residuals, dys, through = lax.optimization_barrier((residuals, output.y, output.x))
+    x, positive, vectors = residuals
+    options = {"epsilon": rule.epsilon, "relu": rule.relu}
+    sums = kernels.batch_norm_gradient_sums(x, dys, positive, *vectors, **options)
+    count, totals = x.size // x.shape[-1], sums
+    if rule.constant:
+        totals = (jnp.zeros_like(sums[0]), jnp.zeros_like(sums[1]))
+    elif rule.axis_name is not None:
+        totals = lax.psum(sums, rule.axis_name)
+        count *= lax.axis_size(rule.axis_name)
+    dx, dresidual = kernels.batch_norm_gradient(
+        x,
+        dys,
+        positive,
+        *vectors,
+        sums=totals,
+        through=through,
+        count=count,
+        with_residual=rule.adds,
+        **options,
+    )
+    _, _, scale, bias = vectors
+    return dx, sums[1].astype(scale.dtype), sums[0].astype(bias.dtype), dresidual, None, None
+
+
+_batch_norm_relu.defvjp(_norm_forward, _norm_backward)
 
 
 def _check_floats(name: str, value: jax.Array) -> None:

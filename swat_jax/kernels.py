@@ -1,53 +1,484 @@
-"""The ops that have, or will have, a hand-written GPU kernel; the only door to them.
+"""The ops that have a hand-written GPU kernel; the only door to them.
 
-Each op is defined by its jax.numpy twin in `swat_jax.sparsity`. The backend "xla" is the twin
-itself, compiled by XLA, and runs everywhere.
+Each op is defined by its jax.numpy twin (`swat_jax.sparsity.top_k`, `swat_jax.sparsity.packing`,
+`swat_jax.batch_norm`). The backend "xla" is the twin itself, compiled by XLA, and runs everywhere.
+The backend "cuda" calls the kernels of `ops/` on NVIDIA GPUs, and the twin on other devices and for
+float64.
+
+Environment:
+  SWAT_JAX_BACKEND: ``cuda`` or ``xla``; by default ``cuda`` where there is a GPU and the library.
+  SWAT_JAX_XLA_OPS: names of ops, separated by commas, that use their twin nevertheless.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
+from swat_jax import batch_norm, native
 from swat_jax.errors import UsageError
-from swat_jax.sparsity import packing, top_k
+from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.packing import Packed
+from swat_jax.sparsity.varying import varying_axes, varying_like
 
-_BACKENDS = ("xla",)
+OPS = ("threshold", "pack", "unpack", "batch_norm")
+_BACKENDS = ("cuda", "xla")
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+# Sizes that the handlers check: `selection_words` and `Cut::words` in ops/.
+_CONTROL_WORDS, _BINS, _SPAN = 64, 2**15 + 1024, 16384
+_MOST_CHUNKS, _LEAST_ROWS = 396, 128
+# From this many values on the twins would need 64-bit integers.
+_TWIN_LIMIT = 2**31
 
 
 def backend() -> str:
-    """The backend in use, chosen by the environment variable ``SWAT_JAX_BACKEND``.
+    """The backend in use, "cuda" or "xla".
 
     Raises:
-      UsageError: if the variable names none.
+      UsageError: if `SWAT_JAX_BACKEND` names none, or "cuda" without the library.
     """
-    name = os.environ.get("SWAT_JAX_BACKEND", "xla")
-    if name not in _BACKENDS:
+    name = os.environ.get("SWAT_JAX_BACKEND", "")
+    if name and name not in _BACKENDS:
         raise UsageError(f"SWAT_JAX_BACKEND must be one of {', '.join(_BACKENDS)}; got {name!r}")
-    return name
+    if name == "xla" or (not name and jax.default_backend() != "gpu"):
+        return "xla"
+    status = native.load()
+    if status.available:
+        return "cuda"
+    if name == "cuda":
+        raise UsageError(f"SWAT_JAX_BACKEND is cuda, but {status.reason}")
+    _warn_once(f"swat_jax trains without its CUDA kernels, slower and larger: {status.reason}")
+    return "xla"
+
+
+def packs() -> bool:
+    """Whether saved activations are packed by default: where there are kernels for it."""
+    return backend() == "cuda"
 
 
 def threshold(x: jax.Array, keep: top_k.Count) -> jax.Array:
     """The ``keep``-th largest magnitude; see `swat_jax.sparsity.top_k.threshold`."""
-    backend()
-    return top_k.threshold(x, keep)
+    if not _has_kernel("threshold", x.dtype):
+        return top_k.threshold(x, keep)
+    always = jnp.ones((), bool)
+    return _threshold(x, keep, always, jnp.zeros((), jnp.float32)).astype(x.dtype)
+
+
+def refreshed_threshold(
+    is_refresh: jax.Array | bool, x: jax.Array, keep: top_k.Count, stored: jax.Array
+) -> jax.Array:
+    """``threshold(x, keep)`` at a refresh step, else ``stored``, of the type of ``stored``.
+
+    Args:
+      is_refresh: scalar boolean, possibly traced.
+      x: floats of any shape; no gradient flows to it.
+      keep: how many values are kept.
+      stored: the threshold in use, of float32 at least.
+    """
+    x = lax.stop_gradient(x)
+    if not _has_kernel("threshold", x.dtype) or stored.dtype != jnp.float32:
+        return thresholds.refresh(is_refresh, stored, lambda: threshold(x, keep))
+    return _threshold(x, keep, jnp.asarray(is_refresh), stored)
 
 
 def sparsify(x: jax.Array, threshold: jax.Array | float) -> jax.Array:
-    """``x`` on its mask, 0 elsewhere; see `swat_jax.sparsity.top_k.sparsify`."""
-    backend()
+    """``x`` on its mask, 0 elsewhere; see `swat_jax.sparsity.top_k.sparsify`.
+
+    XLA fuses it into what stands before or after, so it needs no kernel.
+    """
     return top_k.sparsify(x, threshold)
 
 
 def pack(x: jax.Array, threshold: jax.Array | float, capacity: int) -> Packed:
     """The values on the mask in compact form; see `swat_jax.sparsity.packing.pack`."""
-    backend()
-    return packing.pack(x, threshold, capacity)
+    limit = jnp.asarray(threshold)
+    wide = jnp.promote_types(limit.dtype, jnp.float32)
+    if not _has_kernel("pack", x.dtype) or wide != jnp.float32:
+        return packing.pack(x, threshold, capacity)
+
+    def kernel(x: jax.Array, limit: jax.Array) -> Packed:
+        *parts, _ = _call(
+            "pack",
+            (*_packed_results(x.dtype, x.size, capacity), _words(_selection_words(x.size))),
+            x.ravel(),
+            limit.astype(jnp.float32),
+        )
+        return _packed(parts, x.shape)
+
+    return _choose(kernel, lambda x, limit: packing.pack(x, limit, capacity), x, limit)
 
 
-def unpack(packed: Packed) -> jax.Array:
+def unpack(packed: Packed, least: jax.Array | float | None = None) -> jax.Array:
     """The dense form of ``packed``; see `swat_jax.sparsity.packing.unpack`."""
-    backend()
-    return packing.unpack(packed)
+    if not _has_kernel("unpack", packed.dtype):
+        return packing.unpack(packed, least)
+    size = math.prod(packed.shape)
+
+    def kernel(packed: Packed, least: jax.Array | None) -> jax.Array:
+        limit = jnp.zeros((), jnp.float32) if least is None else least.astype(jnp.float32)
+        (x,) = _call(
+            "unpack",
+            (jax.ShapeDtypeStruct((size,), packed.dtype),),
+            *(packed.values, packed.bitmap, packed.offsets, limit),
+        )
+        return x.reshape(packed.shape)
+
+    limit = None if least is None else jnp.asarray(least)
+    return _choose(kernel, packing.unpack, packed, limit)
+
+
+class Selection(NamedTuple):
+    """What is packed of the output of `batch_norm_relu`, for one or two readers.
+
+    Attributes:
+      keep: uint32 (readers, 2): how many values each of them keeps, in two words.
+      capacity: room for packed values, at least 1. What is packed is what any reader keeps.
+      fits: whether no count in ``keep`` is ever larger than ``capacity``.
+      is_refresh: scalar boolean; where it is False ``stored`` is used. None: exact always.
+      stored: float32 (readers,) thresholds, or None.
+    """
+
+    keep: jax.Array
+    capacity: int
+    fits: bool
+    is_refresh: jax.Array | None = None
+    stored: jax.Array | None = None
+
+
+class Normalized(NamedTuple):
+    """Results of `batch_norm_relu`.
+
+    Attributes:
+      y: shape and type of the input.
+      positive: bitmap that says where ``y`` is positive, or None.
+      packed: ``y`` as selected, or None.
+      thresholds: float32 (readers,), or None.
+    """
+
+    y: jax.Array
+    positive: jax.Array | None
+    packed: Packed | None
+    thresholds: jax.Array | None
+
+
+def batch_norm_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of every channel; see `swat_jax.batch_norm.statistics`."""
+    if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
+        return batch_norm.statistics(x)
+
+    def kernel(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        rows = _rows(x)
+        vector = jax.ShapeDtypeStruct(rows.shape[1:], jnp.float32)
+        mean, variance, _ = _call(
+            "batch_norm_statistics", (vector, vector, _words(_cut_words(rows.shape))), rows
+        )
+        return mean, variance
+
+    return _choose(kernel, batch_norm.statistics, x)
+
+
+def batch_norm_relu(
+    x: jax.Array,
+    mean: jax.Array,
+    variance: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    residual: jax.Array | None = None,
+    *,
+    epsilon: float,
+    relu: bool,
+    keeps_signs: bool = False,
+    selection: Selection | None = None,
+) -> Normalized:
+    """Normalises, adds, applies ReLU and packs; see `swat_jax.batch_norm.normalize`.
+
+    Args:
+      x: (..., channels).
+      mean: float32 (channels,), as the next three.
+      variance: of every channel.
+      scale: factor.
+      bias: summand.
+      residual: shape and type of ``x``, or None.
+      epsilon: keeps the root away from 0.
+      relu: whether negative values become 0.
+      keeps_signs: whether `Normalized.positive` is wanted.
+      selection: what is packed, if anything.
+    """
+
+    def twin(
+        x: jax.Array, vectors: Sequence[jax.Array], residual: jax.Array | None, arrays: Any
+    ) -> tuple[Any, ...]:
+        y = batch_norm.normalize(x, *vectors, residual, epsilon=epsilon, relu=relu)
+        signs = batch_norm.positive(y) if keeps_signs else None
+        if selection is None:
+            return y, signs, None, None
+        return y, signs, *_select(y, selection._replace(**arrays))
+
+    def kernel(
+        x: jax.Array, vectors: Sequence[jax.Array], residual: jax.Array | None, arrays: Any
+    ) -> tuple[Any, ...]:
+        rows = _rows(x)
+        chosen = None if selection is None else selection._replace(**arrays)
+        words = 0 if _is_fixed(rows.shape[1]) else -(-2 * rows.shape[1] // 64) * 64
+        readers, mode, packed_results = 0, 0, [_words(0)] * 4
+        keep = is_refresh = stored = _absent(jnp.float32)
+        if chosen is not None:
+            keep, readers = chosen.keep, chosen.keep.shape[0]
+            words += _selection_words(x.size)
+            packed_results = list(_packed_results(x.dtype, x.size, chosen.capacity))
+            mode = 1 if chosen.fits else 2
+            if chosen.is_refresh is not None:
+                mode, is_refresh, stored = 3, chosen.is_refresh, chosen.stored
+        results = (
+            jax.ShapeDtypeStruct(rows.shape, x.dtype),
+            _words(packing.bitmap_words(x.size) if keeps_signs else 0),
+            *packed_results,
+            jax.ShapeDtypeStruct((readers,), jnp.float32),
+            _words(words),
+        )
+        y, signs, *parts, limits, _ = _call(
+            "batch_norm_relu",
+            results,
+            rows,
+            *(vector.astype(jnp.float32) for vector in vectors),
+            _absent(x.dtype) if residual is None else _rows(residual),
+            *(keep, is_refresh, stored),
+            epsilon=np.float32(epsilon),
+            relu=relu,
+            mode=np.int64(mode),
+        )
+        y = y.reshape(x.shape)
+        signs = signs if keeps_signs else None
+        if chosen is None:
+            return y, signs, None, None
+        return y, signs, _packed(parts, x.shape), limits
+
+    arrays = {}
+    if selection is not None:
+        names = ("keep", "is_refresh", "stored")
+        arrays = {name: getattr(selection, name) for name in names}
+    operands = (x, (mean, variance, scale, bias), residual, arrays)
+    if _has_kernel("batch_norm", x.dtype) and x.size:
+        return Normalized(*_choose(kernel, twin, *operands))
+    return Normalized(*twin(*operands))
+
+
+def batch_norm_gradient_sums(
+    x: jax.Array,
+    dys: Sequence[jax.Array],
+    positive: jax.Array | None,
+    *vectors: jax.Array,
+    epsilon: float,
+    relu: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """See `swat_jax.batch_norm.gradient_sums`; ``vectors`` are mean, variance, scale and bias."""
+    twin = functools.partial(batch_norm.gradient_sums, epsilon=epsilon, relu=relu)
+    dys = _at_most_two(dys)
+    if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
+        return twin(x, dys, positive, *vectors)
+
+    def kernel(
+        x: jax.Array, dys: Sequence[jax.Array], positive: jax.Array | None, *vectors: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        rows = _rows(x)
+        vector = jax.ShapeDtypeStruct(rows.shape[1:], jnp.float32)
+        total, moment, _ = _call(
+            "batch_norm_gradient_sums",
+            (vector, vector, _words(_cut_words(rows.shape))),
+            *_gradient_operands(rows, dys, positive, vectors),
+            epsilon=np.float32(epsilon),
+            relu=relu,
+        )
+        return total, moment
+
+    return _choose(kernel, twin, x, dys, positive, *vectors)
+
+
+def batch_norm_gradient(
+    x: jax.Array,
+    dys: Sequence[jax.Array],
+    positive: jax.Array | None,
+    *vectors: jax.Array,
+    sums: tuple[jax.Array, jax.Array],
+    through: jax.Array | None = None,
+    epsilon: float,
+    relu: bool,
+    count: int,
+    with_residual: bool,
+) -> tuple[jax.Array, jax.Array | None]:
+    """See `swat_jax.batch_norm.gradient`; ``vectors`` are mean, variance, scale and bias."""
+    dys = _at_most_two(dys)
+
+    def twin(
+        x: jax.Array, dys: Any, positive: Any, vectors: Any, sums: Any, through: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        return batch_norm.gradient(
+            *(x, dys, positive, *vectors, sums, through),
+            epsilon=epsilon,
+            relu=relu,
+            count=count,
+            with_residual=with_residual,
+        )
+
+    def kernel(
+        x: jax.Array, dys: Any, positive: Any, vectors: Any, sums: Any, through: Any
+    ) -> tuple[jax.Array, jax.Array | None]:
+        rows = _rows(x)
+        words = 0 if _is_fixed(rows.shape[1]) else -(-4 * rows.shape[1] // 64) * 64
+        shape = jax.ShapeDtypeStruct(rows.shape, x.dtype)
+        dx, dresidual, _ = _call(
+            "batch_norm_gradient",
+            (shape, shape if with_residual else jax.ShapeDtypeStruct((0,), x.dtype), _words(words)),
+            *_gradient_operands(rows, dys, positive, vectors),
+            *(total.astype(jnp.float32) for total in sums),
+            _absent(x.dtype) if through is None else _rows(through),
+            epsilon=np.float32(epsilon),
+            relu=relu,
+            inverse_count=np.float32(1 / count),
+        )
+        return dx.reshape(x.shape), dresidual.reshape(x.shape) if with_residual else None
+
+    operands = (x, dys, positive, vectors, sums, through)
+    if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
+        return twin(*operands)
+    return _choose(kernel, twin, *operands)
+
+
+def _select(y: jax.Array, selection: Selection) -> tuple[Packed, jax.Array]:
+    """Thresholds and the packed form, by the twins."""
+
+    def exact() -> jax.Array:
+        found = [top_k.threshold(y, keep) for keep in selection.keep]
+        return jnp.stack(found).astype(jnp.promote_types(y.dtype, jnp.float32))
+
+    if selection.is_refresh is None:
+        limits = exact()
+    else:
+        assert selection.stored is not None
+        limits = thresholds.refresh(selection.is_refresh, selection.stored, exact)
+    # NaN is larger than every number here.
+    least = functools.reduce(jnp.fmin, list(limits))
+    return packing.pack(y, least, selection.capacity), limits
+
+
+def _threshold(
+    x: jax.Array, keep: top_k.Count, is_refresh: jax.Array, stored: jax.Array
+) -> jax.Array:
+    def kernel(x: jax.Array, keep: jax.Array, refresh: jax.Array, stored: jax.Array) -> jax.Array:
+        limit, _ = _call(
+            "threshold",
+            (jax.ShapeDtypeStruct((), jnp.float32), _words(_selection_words(x.size))),
+            *(x.ravel(), keep, refresh, stored),
+        )
+        return limit
+
+    def twin(x: jax.Array, keep: jax.Array, refresh: jax.Array, stored: jax.Array) -> jax.Array:
+        return thresholds.refresh(refresh, stored, lambda: top_k.threshold(x, keep))
+
+    words = varying_like(jnp.stack(top_k.words(keep)), x)
+    return _choose(kernel, twin, x, words, is_refresh, stored)
+
+
+def _has_kernel(op: str, dtype: Any) -> bool:
+    disabled = [name for name in os.environ.get("SWAT_JAX_XLA_OPS", "").split(",") if name]
+    for name in disabled:
+        if name not in OPS:
+            raise UsageError(f"SWAT_JAX_XLA_OPS must hold names of {', '.join(OPS)}; got {name!r}")
+    return backend() == "cuda" and op not in disabled and dtype in _DTYPES
+
+
+def _choose(kernel: Callable[..., Any], twin: Callable[..., Any], *operands: Any) -> Any:
+    """The kernel where the program is compiled for a CUDA device, the twin elsewhere."""
+    operands = jax.tree.map(lambda leaf: varying_like(leaf, operands), operands)
+    if max(leaf.size for leaf in jax.tree.leaves(operands)) >= _TWIN_LIMIT:
+        return kernel(*operands)  # larger than the twins take
+    return lax.platform_dependent(*operands, cuda=kernel, default=twin)
+
+
+def _call(name: str, results: Sequence[Any], *operands: jax.Array, **attributes: Any) -> list[Any]:
+    """The custom call; under `jax.vmap` a leading axis of independent problems."""
+    axes = varying_axes(operands)
+    call = jax.ffi.ffi_call(f"swat_jax_{name}", tuple(results), vmap_method="broadcast_all")
+    outputs = call(*operands, **attributes)
+    # The call loses the information over which mesh axes its results vary.
+    if axes:
+        outputs = [lax.pcast(value, axes, to="varying") for value in outputs]
+    return list(outputs)
+
+
+def _gradient_operands(
+    rows: jax.Array,
+    dys: Sequence[jax.Array],
+    positive: jax.Array | None,
+    vectors: Sequence[jax.Array],
+) -> tuple[jax.Array, ...]:
+    second = _rows(dys[1]) if len(dys) > 1 else _absent(rows.dtype)
+    signs = _absent(jnp.uint32) if positive is None else positive
+    floats = (vector.astype(jnp.float32) for vector in vectors)
+    return (rows, _rows(dys[0]), second, signs, *floats)
+
+
+def _at_most_two(dys: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    first, *rest = dys
+    return (first, functools.reduce(jnp.add, rest)) if rest else (first,)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _is_fixed(channels: int) -> bool:
+    return channels <= packing.TILE and packing.TILE % channels == 0
+
+
+def _absent(dtype: Any) -> jax.Array:
+    return jnp.zeros((0,), dtype)
+
+
+def _words(count: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((count,), jnp.uint32)
+
+
+def _selection_words(size: int) -> int:
+    return _CONTROL_WORDS + 2 * _BINS + 6 * -(-size // _SPAN)
+
+
+def _cut_words(shape: tuple[int, int]) -> int:
+    rows, channels = shape
+    chunks = min(_MOST_CHUNKS, -(-rows // _LEAST_ROWS))
+    return -(-channels // 2) * 2 + 2 * channels * chunks
+
+
+def _packed_results(dtype: Any, size: int, capacity: int) -> tuple[jax.ShapeDtypeStruct, ...]:
+    if not 1 <= capacity < 2**32 or size >= 2**32:
+        raise UsageError(
+            f"capacity must be at least 1 and x below 2**32 values; got {capacity}, {size}"
+        )
+    return (
+        jax.ShapeDtypeStruct((capacity,), dtype),
+        _words(packing.bitmap_words(size)),
+        _words(-(-size // packing.TILE)),
+        jax.ShapeDtypeStruct((), jnp.uint32),
+    )
+
+
+def _packed(parts: Sequence[jax.Array], shape: tuple[int, ...]) -> Packed:
+    values, bitmap, offsets, overflow = parts
+    return Packed(values, bitmap, offsets, overflow, shape)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+SELF_TESTS: dict[str, Callable[[], str]] = {}

@@ -98,26 +98,47 @@ def pack(x: jax.Array, threshold: jax.Array | float, capacity: int) -> Packed:
     # What is not kept is sent out of bounds, where a scatter drops it.
     target = jnp.where(flags, position, capacity)
     values = varying_like(jnp.zeros(capacity, x.dtype), x).at[target].set(x.ravel(), mode="drop")
-    words = _blocks(flags, _WORD).astype(jnp.uint32)
-    bits = jnp.arange(_WORD, dtype=jnp.uint32)
     tiles = jnp.sum(_blocks(flags, TILE), axis=1, dtype=jnp.uint32)
     return Packed(
         values=values,
-        bitmap=jnp.sum(words << bits, axis=1, dtype=jnp.uint32),
+        bitmap=to_bitmap(flags),
         offsets=jnp.cumsum(tiles, dtype=jnp.uint32) - tiles,
         overflow=wanted - jnp.sum(flags, dtype=jnp.uint32),
         shape=x.shape,
     )
 
 
-def unpack(packed: Packed) -> jax.Array:
-    """The tensor that was packed, 0 where nothing was kept."""
-    size = math.prod(packed.shape)
-    bits = jnp.arange(_WORD, dtype=jnp.uint32)
-    flags = ((packed.bitmap[:, None] >> bits) & 1).astype(bool).ravel()[:size]
+def unpack(packed: Packed, least: jax.Array | float | None = None) -> jax.Array:
+    """The tensor that was packed, 0 where nothing was kept.
+
+    Args:
+      packed: from `pack`.
+      least: if given, packed values whose magnitude is smaller are left out too: one packed tensor
+        serves readers of different sparsities.
+    """
+    flags = from_bitmap(packed.bitmap, math.prod(packed.shape))
     position = jnp.cumsum(flags, dtype=jnp.uint32) - flags
     kept = packed.values.at[position].get(mode="clip")
-    return jnp.where(flags, kept, jnp.zeros((), packed.dtype)).reshape(packed.shape)
+    x = jnp.where(flags, kept, jnp.zeros((), packed.dtype)).reshape(packed.shape)
+    return x if least is None else top_k.sparsify(x, least)
+
+
+def to_bitmap(flags: jax.Array) -> jax.Array:
+    """Booleans, flattened, as (ceil(size / 32),) uint32: flag ``i`` is bit ``i % 32``."""
+    words = _blocks(flags.ravel(), _WORD).astype(jnp.uint32)
+    bits = jnp.arange(_WORD, dtype=jnp.uint32)
+    return jnp.sum(words << bits, axis=1, dtype=jnp.uint32)
+
+
+def from_bitmap(bitmap: jax.Array, size: int) -> jax.Array:
+    """The first ``size`` flags of a bitmap, (size,) booleans."""
+    bits = jnp.arange(_WORD, dtype=jnp.uint32)
+    return ((bitmap[:, None] >> bits) & 1).astype(bool).ravel()[:size]
+
+
+def bitmap_words(size: int) -> int:
+    """32-bit words of a bitmap of ``size`` flags."""
+    return -(-size // _WORD)
 
 
 def _blocks(flags: jax.Array, width: int) -> jax.Array:

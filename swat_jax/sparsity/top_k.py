@@ -122,7 +122,7 @@ def threshold(x: jax.Array, keep: Count) -> jax.Array:
         raise UsageError(f"x must be an array of floats, got {x.dtype}")
     bits = magnitude(x)
     two_words = x.size >= _ONE_WORD_LIMIT
-    wanted = _words(keep, two_words)
+    wanted = words(keep, two_words)
     top = _nan_magnitude(x.dtype)
     one = jnp.array(1, bits.dtype)
 
@@ -211,7 +211,7 @@ def _nan_magnitude(dtype: jnp.dtype) -> int:
     return int(np.array(jnp.inf, dtype).view(unsigned)) + 1
 
 
-def _words(count: Count, two_words: bool) -> tuple[jax.Array, ...]:
+def words(count: Count, two_words: bool = True) -> tuple[jax.Array, ...]:
     """A count as uint32 words, the highest first; what is negative counts as 0."""
     if isinstance(count, int | np.integer):
         count = max(int(count), 0)

@@ -1,0 +1,186 @@
+"""Every op of `ops/` alone: time, bytes moved, and the share of what a plain copy reaches.
+
+    python benchmarks/ops.py --output docs/results/ops_h200.json
+
+Bytes are those an op has to move: every input read once, every result written once. The share is
+their rate over the rate of a device-to-device copy (bytes read and written) of the same number of
+values, measured in the same run; `threshold` only reads. Values are what a ReLU leaves of normal
+ones, 90 % sparsity. Small sizes stay in the cache from one repetition to the next.
+"""
+
+import argparse
+import datetime
+import functools
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from swat_jax import kernels, native
+from swat_jax.sparsity import packing, top_k
+
+CHANNELS = 256
+
+
+def milliseconds(call: Callable[..., Any], *operands: Any, repeats: int = 5) -> float:
+    """Median time of one call among several chained ones, so that host time stays out."""
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def chained(count: int, operands: Any) -> Any:
+        def body(_: Any, carry: Any) -> Any:
+            operands, token = carry
+            # Every turn waits for the one before, and no result is left unused.
+            operands, token = lax.optimization_barrier((operands, token))
+            results = lax.optimization_barrier(call(*operands))
+            return operands, token + jax.tree.leaves(results)[0].ravel()[0].astype(jnp.float32)
+
+        return lax.fori_loop(0, count, body, (operands, jnp.float32(0)))[1]
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        chained(count, operands).block_until_ready()
+        return time.perf_counter() - start
+
+    few, many = 2, 12
+    for count in (few, many):
+        seconds(count)
+    found = [(seconds(many) - seconds(few)) / (many - few) for _ in range(repeats)]
+    return statistics.median(found) * 1e3
+
+
+def copy_milliseconds(x: jax.Array, repeats: int = 5, count: int = 20) -> float:
+    """Median time of one device-to-device copy; XLA would leave it out of a compiled loop."""
+    found = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        copies = [jnp.array(x, copy=True) for _ in range(count)]
+        jax.block_until_ready(copies)
+        found.append((time.perf_counter() - start) / count)
+    return statistics.median(found[1:]) * 1e3
+
+
+def measure(size: int, slow: bool) -> list[dict[str, Any]]:
+    keys = jax.random.split(jax.random.key(size), 4)
+    shape = (size // CHANNELS, CHANNELS)
+    make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
+    x, residual, dy, dy2 = map(make, keys)
+    y = jax.nn.relu(x)
+    keep = top_k.keep_count(0.9, size)
+    capacity = packing.capacity(keep, size)
+    limit = kernels.threshold(y, keep).astype(jnp.float32)
+    packed = jax.jit(lambda y, t: kernels.pack(y, t, capacity))(y, limit)
+    mean, variance = kernels.batch_norm_statistics(x)
+    vectors = (mean, variance, jnp.ones(CHANNELS), jnp.zeros(CHANNELS))
+    options: dict[str, Any] = {"epsilon": 1e-5, "relu": True}
+    words = jnp.asarray([[0, keep]], jnp.uint32)
+
+    def forward(residual_: Any, selection: Any) -> Callable[..., Any]:
+        has = residual_ is not None
+        return lambda x, residual, stored: kernels.batch_norm_relu(
+            x, *vectors, residual if has else None, keeps_signs=has,
+            selection=selection(stored) if selection else None, **options,
+        )  # fmt: skip
+
+    def exact(_: Any) -> kernels.Selection:
+        return kernels.Selection(words, capacity, True)
+
+    def given(stored: Any) -> kernels.Selection:
+        return kernels.Selection(words, capacity, False, stored[0] < 0, stored)
+
+    signs = jax.jit(lambda x: kernels.batch_norm_relu(x, *vectors, keeps_signs=True, **options))(x)
+    positive = signs.positive
+    sums = kernels.batch_norm_gradient_sums(x, [dy], None, *vectors, **options)
+    more = {**options, "sums": sums, "count": shape[0]}
+    added = (x, residual, stored_sum)
+    compact = 0.125 + 2 * capacity / size  # bytes a value
+
+    def stored_for(residual_: Any) -> jax.Array:
+        y = kernels.batch_norm_relu(x, *vectors, residual_, **options).y
+        return kernels.threshold(y, keep).astype(jnp.float32)[None]
+
+    stored, stored_sum = stored_for(None), stored_for(residual)
+    ops: list[tuple[str, float, Callable[..., Any] | None, tuple[Any, ...]]] = [
+        ("copy", 4, None, (x,)),
+        ("threshold", 2, lambda y: kernels.threshold(y, keep), (y,)),
+        ("pack", 2 + compact, lambda y, t: kernels.pack(y, t, capacity), (y, limit)),
+        ("unpack", 2 + compact, kernels.unpack, (packed,)),
+        ("statistics", 2, kernels.batch_norm_statistics, (x,)),
+        ("normalize", 4, forward(None, None), (x, residual, stored)),
+        ("normalize + residual", 6.125, forward(1, None), (x, residual, stored)),
+        ("normalize + exact pack", 6 + compact, forward(None, exact), (x, residual, stored)),
+        ("normalize + given pack", 4 + compact, forward(None, given), (x, residual, stored)),
+        ("norm. + res. + exact pack", 8.125 + compact, forward(1, exact), added),
+        ("norm. + res. + given pack", 6.125 + compact, forward(1, given), added),
+        ("gradient sums", 4,
+         lambda x, dy: kernels.batch_norm_gradient_sums(x, [dy], None, *vectors, **options),
+         (x, dy)),
+        ("gradient sums + skip", 6.125,
+         lambda x, dy, dy2, signs: kernels.batch_norm_gradient_sums(
+             x, [dy, dy2], signs, *vectors, **options),
+         (x, dy, dy2, positive)),
+        ("gradient", 6,
+         lambda x, dy: kernels.batch_norm_gradient(
+             x, [dy], None, *vectors, with_residual=False, **more),
+         (x, dy)),
+        ("gradient + skip", 10.125,
+         lambda x, dy, dy2, signs: kernels.batch_norm_gradient(
+             x, [dy, dy2], signs, *vectors, with_residual=True, **more),
+         (x, dy, dy2, positive)),
+    ]  # fmt: skip
+    if slow:
+        ops += [
+            ("jnp.sort", 4, lambda y: jnp.sort(jnp.abs(y).ravel()), (y,)),
+            ("jax.lax.top_k", 2, lambda y: lax.top_k(jnp.abs(y).ravel(), keep)[0], (y,)),
+        ]
+    rows = []
+    for name, bytes_per_value, call, operands in ops:
+        repeats = 1 if name.startswith("j") else 5
+        ms = milliseconds(call, *operands, repeats=repeats) if call else copy_milliseconds(x)
+        rate = bytes_per_value * size / ms / 1e6
+        copy = rows[0]["gb_per_s"] if rows else rate
+        rows.append({
+            "op": name, "values": size, "ms": ms, "bytes": bytes_per_value * size,
+            "gb_per_s": rate, "share_of_copy": rate / copy,
+        })  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time of every op.")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1, 4, 16, 51, 205],
+                        help="millions of values")  # fmt: skip
+    parser.add_argument("--slow", action="store_true", help="sort and top_k at the largest size")
+    parser.add_argument("--output", help="JSON file to write")
+    options = parser.parse_args()
+    rows = []
+    for millions in options.sizes:
+        size = round(millions * 1e6 / CHANNELS) * CHANNELS
+        rows += measure(size, options.slow and millions == max(options.sizes))
+    found = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "backend": kernels.backend(),
+        "library": dict(native.load().build_info),
+        "versions": {"jax": jax.__version__},
+        "dtype": "bfloat16",
+        "channels": CHANNELS,
+        "ops": rows,
+    }
+    if options.output:
+        pathlib.Path(options.output).write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{'op':26} {'M':>6} {'ms':>9} {'GB/s':>7} {'of copy':>8}")
+    for row in rows:
+        print(
+            f"{row['op']:26} {row['values'] / 1e6:6.1f} {row['ms']:9.4f} {row['gb_per_s']:7.0f} "
+            f"{row['share_of_copy']:8.0%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

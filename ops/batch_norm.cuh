@@ -1,0 +1,243 @@
+// Per-channel quantities of batch norm: how threads find them, and sums over all rows.
+//
+// x is (rows, channels), channels last. Elementwise passes walk the flattened tensor in octets; if
+// the number of channels divides a tile, a thread meets the same eight channels in every tile and
+// keeps what belongs to them in registers.
+
+#pragma once
+
+#include "common.cuh"
+
+namespace swat {
+
+__device__ __forceinline__ uint32_t channel_of(int64_t i, uint32_t channels) {
+  return i >> 32 == 0 ? static_cast<uint32_t>(i) % channels
+                      : static_cast<uint32_t>(static_cast<uint64_t>(i) % channels);
+}
+
+inline bool is_fixed(int64_t channels) { return channels <= kTile && kTile % channels == 0; }
+
+// What the forward pass needs of a channel: y = x * factor + shift.
+struct Parameters {
+  const float* mean;
+  const float* variance;
+  const float* scale;
+  const float* bias;
+  float epsilon;
+
+  __device__ float factor(uint32_t c) const { return rsqrtf(variance[c] + epsilon) * scale[c]; }
+  __device__ float shift(uint32_t c) const { return fmaf(-mean[c], factor(c), bias[c]); }
+  __device__ float deviation(uint32_t c) const { return rsqrtf(variance[c] + epsilon); }
+};
+
+// The one place where x is normalised: passes that recompute the sign of y must agree on it.
+__device__ __forceinline__ float normalized(float x, float factor, float shift) {
+  return fmaf(x, factor, shift);
+}
+
+// `count` per-channel arrays for the octet at flat index i, from memory: (count, channels) floats.
+template <int kCount>
+__device__ __forceinline__ void load_coefficients(const float* from, uint32_t channels, int64_t i,
+                                                  float (&to)[kCount][kOctet]) {
+  uint32_t c = channel_of(i, channels);
+  if (channels % kOctet == 0) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const float* row = from + static_cast<size_t>(k) * channels + c;
+      if (channels % 4 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+        const float4 low = __ldg(reinterpret_cast<const float4*>(row));
+        const float4 high = __ldg(reinterpret_cast<const float4*>(row) + 1);
+        to[k][0] = low.x, to[k][1] = low.y, to[k][2] = low.z, to[k][3] = low.w;
+        to[k][4] = high.x, to[k][5] = high.y, to[k][6] = high.z, to[k][7] = high.w;
+      } else {
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) to[k][j] = __ldg(row + j);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) to[k][j] = __ldg(from + static_cast<size_t>(k) * channels + c);
+      if (++c == channels) c = 0;
+    }
+  }
+}
+
+// ---- Sums over rows ----------------------------------------------------------------------------
+
+// How a (rows, channels) tensor is cut for column sums: a block takes `lanes` groups of V channels
+// and one of `chunks` parts of the rows. The cut depends on the shape alone, so sums have the same
+// bits on every device.
+struct Cut {
+  int64_t rows, channels;
+  int width;  // V
+  int lanes;
+  int64_t columns;  // blocks side by side
+  int64_t chunks;
+
+  Cut(int64_t rows, int64_t channels, bool wide) : rows(rows), channels(channels) {
+    width = wide && channels % kOctet == 0 ? kOctet : 1;
+    const int64_t groups = channels / width;
+    const int64_t most = width == 1 ? kMostWidth : kMostWidth / kOctet;
+    lanes = static_cast<int>(std::min(groups, most));
+    // Lanes that divide the groups leave no thread without work.
+    for (int64_t divisor = lanes; divisor >= 4; --divisor) {
+      if (groups % divisor == 0) {
+        lanes = static_cast<int>(divisor);
+        break;
+      }
+    }
+    lanes = std::max(lanes, 1);
+    columns = std::max<int64_t>((groups + lanes - 1) / lanes, 1);
+    chunks = std::max<int64_t>(std::min((kBlocks + columns - 1) / columns, most_chunks(rows)), 1);
+  }
+
+  static constexpr int64_t kBlocks = 396;  // three for every multiprocessor of a large device
+  static constexpr int64_t kLeastRows = 128;
+  static constexpr int64_t kMostWidth = 128;  // channels of a block
+  static int64_t most_chunks(int64_t rows) {
+    return std::min(kBlocks, (rows + kLeastRows - 1) / kLeastRows);
+  }
+  // Scratch in 32-bit words: one counter a channel, two partial sums a channel and chunk.
+  static int64_t words(int64_t rows, int64_t channels) {
+    return (channels + 1) / 2 * 2 + channels * 2 * std::max<int64_t>(most_chunks(rows), 1);
+  }
+  dim3 grid() const { return dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(columns)); }
+};
+
+template <int V>
+struct ColumnScratch {
+  union {
+    float sums[2][kThreads * V];
+    double totals[2][kThreads];
+  };
+  uint32_t arrived;
+};
+
+// Adds up two sums per channel over all rows. `first` and `second` are this thread's, for its V
+// channels; `finish(channel, first, second)` is called once per channel with the totals.
+template <int V, typename Finish>
+__device__ void sum_columns(const float (&first)[V], const float (&second)[V], int lanes,
+                            int64_t channels, uint32_t* counters, float2* partial,
+                            ColumnScratch<V>& scratch, Finish finish) {
+  const int rows = kThreads / lanes, width = lanes * V;
+  const int lane = static_cast<int>(threadIdx.x) % lanes, row = static_cast<int>(threadIdx.x) / lanes;
+  const int64_t start = static_cast<int64_t>(blockIdx.y) * width;  // first channel of the block
+  if (row < rows) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) {
+      scratch.sums[0][row * width + lane * V + v] = first[v];
+      scratch.sums[1][row * width + lane * V + v] = second[v];
+    }
+  }
+  __syncthreads();
+  for (int column = threadIdx.x; column < width; column += kThreads) {
+    if (start + column >= channels) continue;
+    float a = 0.f, b = 0.f;
+    for (int r = 0; r < rows; ++r) {
+      a += scratch.sums[0][r * width + column];
+      b += scratch.sums[1][r * width + column];
+    }
+    partial[blockIdx.x * channels + start + column] = make_float2(a, b);
+  }
+  if (!is_last_block(&counters[blockIdx.y], gridDim.x, scratch.arrived)) return;
+  // The last block adds the chunks, always in the same order. Several threads share a channel.
+  const int parts = kThreads / width;
+  const int part = static_cast<int>(threadIdx.x) / width;
+  const int64_t channel = start + static_cast<int>(threadIdx.x) % width;
+  double a = 0, b = 0;
+  if (part < parts && channel < channels) {
+    const int64_t chunks = gridDim.x, each = (chunks + parts - 1) / parts;
+    const int64_t end = min((part + 1) * each, chunks);
+#pragma unroll 8
+    for (int64_t chunk = part * each; chunk < end; ++chunk) {
+      const float2 sums = __ldcg(partial + chunk * channels + channel);
+      a += sums.x;
+      b += sums.y;
+    }
+  }
+  scratch.totals[0][threadIdx.x] = a;
+  scratch.totals[1][threadIdx.x] = b;
+  __syncthreads();
+  if (part != 0 || channel >= channels) return;
+  for (int other = 1; other < parts; ++other) {
+    a += scratch.totals[0][other * width + threadIdx.x];
+    b += scratch.totals[1][other * width + threadIdx.x];
+  }
+  finish(channel, a, b);
+}
+
+// ---- Handlers ----------------------------------------------------------------------------------
+
+inline ffi::Error check_rows(const char* op, int64_t rows, int64_t channels) {
+  if (rows >= 1 && channels >= 1 && channels < (int64_t{1} << 31)) return ffi::Error::Success();
+  return invalid(std::string(op) + ": x must have at least one row and 1 to 2**31 - 1 channels, got " +
+                 std::to_string(rows) + " and " + std::to_string(channels));
+}
+
+// Where a problem begins in an operand; nothing if the operand is absent (empty).
+template <typename T>
+const T* part(ffi::AnyBuffer& buffer, int64_t offset) {
+  return buffer.element_count() == 0 ? nullptr
+                                     : static_cast<const T*>(buffer.untyped_data()) + offset;
+}
+
+// Where the gradient passes on: everywhere, where y is positive again, or where a bit says so.
+enum class Mask { kNone, kSign, kBits };
+
+template <typename T>
+struct Gradient {
+  const T* x;
+  const T* dy;
+  const T* dy2;              // may be absent
+  const uint32_t* positive;  // with Mask::kBits
+  Parameters parameters;
+  Mask mask;
+
+  Gradient(ffi::AnyBuffer& x, ffi::AnyBuffer& dy, ffi::AnyBuffer& dy2, ffi::AnyBuffer& positive,
+           int64_t problem, int64_t n, bool relu)
+      : x(part<T>(x, problem * n)),
+        dy(part<T>(dy, problem * n)),
+        dy2(part<T>(dy2, problem * n)),
+        positive(part<uint32_t>(positive, problem * bitmap_words(n))),
+        mask(!relu                            ? Mask::kNone
+             : positive.element_count() > 0 ? Mask::kBits
+                                              : Mask::kSign) {}
+  bool is_wide() const { return swat::is_wide(x) && swat::is_wide(dy) && swat::is_wide(dy2); }
+};
+
+struct GradientShape {
+  int64_t batch = 1, rows = 0, channels = 0;
+};
+
+inline ffi::Error check_optional(const char* op, const char* name, ffi::AnyBuffer& buffer,
+                                 ffi::DataType type, int64_t count, size_t alignment) {
+  if (buffer.element_count() == 0) return ffi::Error::Success();
+  return check(op, name, buffer, type, count, alignment);
+}
+
+// The operands that both passes of the backward rule share.
+inline ffi::Error check_gradient(const char* op, ffi::AnyBuffer& x, ffi::AnyBuffer& dy,
+                                 ffi::AnyBuffer& dy2, ffi::AnyBuffer& positive,
+                                 ffi::AnyBuffer& mean, ffi::AnyBuffer& variance,
+                                 ffi::AnyBuffer& scale, ffi::AnyBuffer& bias,
+                                 GradientShape& shape) {
+  SWAT_RETURN_IF_ERROR(split_batch(op, "x", x, 2, shape.batch));
+  const auto dims = x.dimensions();
+  shape.rows = dims[dims.size() - 2];
+  shape.channels = dims[dims.size() - 1];
+  SWAT_RETURN_IF_ERROR(check_rows(op, shape.rows, shape.channels));
+  const int64_t n = shape.rows * shape.channels, values = shape.batch * n;
+  const int64_t per_channel = shape.batch * shape.channels;
+  SWAT_RETURN_IF_ERROR(check(op, "dy", dy, x.element_type(), values, 2));
+  SWAT_RETURN_IF_ERROR(check_optional(op, "dy2", dy2, x.element_type(), values, 2));
+  SWAT_RETURN_IF_ERROR(
+      check_optional(op, "positive", positive, ffi::U32, shape.batch * bitmap_words(n), 4));
+  SWAT_RETURN_IF_ERROR(check(op, "mean", mean, ffi::F32, per_channel));
+  SWAT_RETURN_IF_ERROR(check(op, "variance", variance, ffi::F32, per_channel));
+  SWAT_RETURN_IF_ERROR(check(op, "scale", scale, ffi::F32, per_channel));
+  return check(op, "bias", bias, ffi::F32, per_channel);
+}
+
+}  // namespace swat

@@ -1,0 +1,453 @@
+// Batch norm's two elementwise passes: `normalize`, with the selection of what is packed, and
+// `gradient` in swat_jax/batch_norm.py.
+
+#include "batch_norm.cuh"
+#include "selection.cuh"
+
+namespace swat {
+namespace {
+
+// ---- Forward -----------------------------------------------------------------------------------
+
+// y = relu(x * factor + shift + residual), stored as it is made.
+template <typename T, bool kFixed>
+struct Normalize {
+  static constexpr int kStreams = 2;
+  const T* x;
+  const T* residual;   // may be absent
+  T* y;
+  uint32_t* positive;  // may be absent: bits that say where y > 0
+  Parameters parameters;
+  const float* coefficients;  // factor and shift of all channels, unless kFixed
+  int64_t n;
+  uint32_t channels;
+  bool relu, wide;
+  float own[2][kOctet];  // of this thread, if kFixed
+
+  __device__ void prepare() {
+    if constexpr (kFixed) {
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) {
+        const uint32_t c = (threadIdx.x * kOctet + j) % channels;
+        own[0][j] = parameters.factor(c);
+        own[1][j] = parameters.shift(c);
+      }
+    }
+  }
+  struct Given {
+    Octet<T> x, residual;
+  };
+  __device__ void request(const Streams<T, 2>& queue, int turn, int64_t i) const {
+    queue.request(turn, 0, x, i, n, wide);
+    if (residual != nullptr) queue.request(turn, 1, residual, i, n, wide);
+  }
+  __device__ Octet<T> take(const Streams<T, 2>& queue, int turn, int64_t i) const {
+    Given given;
+    given.x = queue.take(turn, 0);
+    if (residual != nullptr) given.residual = queue.take(turn, 1);
+    return make(given, i, own);
+  }
+  __device__ Octet<T> peek(int64_t i) const {
+    Given given;
+    given.x = load(x, i, n, wide);
+    if (residual != nullptr) given.residual = load(residual, i, n, wide);
+    // A sample may meet other channels than the walk.
+    float other[2][kOctet];
+    if constexpr (kFixed) {
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) {
+        const uint32_t c = channel_of(i + j, channels);
+        other[0][j] = parameters.factor(c);
+        other[1][j] = parameters.shift(c);
+      }
+    }
+    return make(given, i, other);
+  }
+  __device__ Octet<T> make(const Given& given, int64_t i, const float (&fixed)[2][kOctet]) const {
+    float loaded[2][kOctet];
+    if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
+    Octet<T> octet;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      float value = kFixed ? normalized(to_float(given.x.v[j]), fixed[0][j], fixed[1][j])
+                           : normalized(to_float(given.x.v[j]), loaded[0][j], loaded[1][j]);
+      if (residual != nullptr) value += to_float(given.residual.v[j]);
+      if (relu && value <= 0.f) value = 0.f;  // NaN passes
+      octet.v[j] = from_float<T>(value);
+    }
+    if (i + kOctet > n) {
+      // What lies beyond the end must not be counted.
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) {
+        if (i + j >= n) octet.v[j] = from_float<T>(0.f);
+      }
+    }
+    return octet;
+  }
+  __device__ void keep(const Octet<T>& octet, int64_t i) const {
+    store(octet, y, i, n, wide);
+    if (positive == nullptr) return;
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) bits |= (to_float(octet.v[j]) > 0.f ? 1u : 0u) << j;
+    store_bits(positive, i, n, bits);
+  }
+};
+
+template <typename T, typename Source>
+__global__ void __launch_bounds__(kThreads) map_kernel(Source source, int64_t n, Gate gate) {
+  extern __shared__ uint4 dynamic[];
+  if (!gate.is_open()) return;
+  source.prepare();
+  for_each_octet<T>(
+      source, n, dynamic, [&](const Octet<T>& octet, int64_t i) { source.keep(octet, i); },
+      [](int) {});
+}
+
+__global__ void __launch_bounds__(kThreads)
+    coefficients_kernel(Parameters parameters, uint32_t channels, float* to) {
+  const uint32_t c = blockIdx.x * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  to[c] = parameters.factor(c);
+  to[channels + c] = parameters.shift(c);
+}
+
+// What is selected: nothing, by thresholds that are known to be exact and to fit, exactly, or as a
+// flag on the device says.
+enum SelectionMode : int64_t { kNothing = 0, kExactFits = 1, kExact = 2, kByFlag = 3 };
+
+ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer mean,
+                           ffi::AnyBuffer variance, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
+                           ffi::AnyBuffer residual, ffi::AnyBuffer keep, ffi::AnyBuffer refresh,
+                           ffi::AnyBuffer stored, ffi::Result<ffi::AnyBuffer> y,
+                           ffi::Result<ffi::AnyBuffer> positive,
+                           ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> bitmap,
+                           ffi::Result<ffi::AnyBuffer> offsets,
+                           ffi::Result<ffi::AnyBuffer> overflow,
+                           ffi::Result<ffi::AnyBuffer> thresholds,
+                           ffi::Result<ffi::AnyBuffer> scratch, float epsilon, bool relu,
+                           int64_t mode) {
+  constexpr const char* kOp = "batch_norm_relu";
+  int64_t batch = 1;
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "x", x, 2, batch));
+  const auto dims = x.dimensions();
+  const int64_t rows = dims[dims.size() - 2], channels = dims[dims.size() - 1];
+  SWAT_RETURN_IF_ERROR(check_rows(kOp, rows, channels));
+  const int64_t n = rows * channels;
+  const ffi::DataType type = x.element_type();
+  for (auto [name, buffer] : {std::pair("mean", &mean), std::pair("variance", &variance),
+                              std::pair("scale", &scale), std::pair("bias", &bias)}) {
+    SWAT_RETURN_IF_ERROR(check(kOp, name, *buffer, ffi::F32, batch * channels));
+  }
+  SWAT_RETURN_IF_ERROR(check_optional(kOp, "residual", residual, type, batch * n, 2));
+  SWAT_RETURN_IF_ERROR(check(kOp, "y", *y, type, batch * n, 2));
+  if (positive->element_count() > 0) {
+    SWAT_RETURN_IF_ERROR(check(kOp, "positive", *positive, ffi::U32, batch * bitmap_words(n)));
+  }
+  const bool selects = mode != kNothing;
+  const int64_t coefficient_words = is_fixed(channels) ? 0 : (2 * channels + 63) / 64 * 64;
+  const int64_t words = coefficient_words + (selects ? selection_words(n) : 0);
+  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::U32, batch * words));
+  PackedShape shape;
+  int64_t selections = 0;
+  if (selects) {
+    if (mode < 0 || mode > kByFlag) return invalid("batch_norm_relu: mode must be 0 to 3");
+    SWAT_RETURN_IF_ERROR(check_size(kOp, "x", n));
+    selections = count_of(*thresholds) / batch;
+    if (selections < 1 || selections > kMaxSelections) {
+      return invalid("batch_norm_relu: thresholds must be 1 or 2, got " +
+                     std::to_string(selections));
+    }
+    SWAT_RETURN_IF_ERROR(check(kOp, "thresholds", *thresholds, ffi::F32, batch * selections));
+    SWAT_RETURN_IF_ERROR(check(kOp, "keep", keep, ffi::U32, batch * selections * 2));
+    if (mode == kByFlag) {
+      SWAT_RETURN_IF_ERROR(check(kOp, "refresh", refresh, ffi::PRED, batch, 1));
+      SWAT_RETURN_IF_ERROR(check(kOp, "stored", stored, ffi::F32, batch * selections));
+    }
+    SWAT_RETURN_IF_ERROR(check_packed(kOp, type, n, batch, *values, *bitmap, *offsets, shape));
+    SWAT_RETURN_IF_ERROR(check(kOp, "overflow", *overflow, ffi::U32, batch));
+  }
+  return with_type(kOp, "x", type, [&](auto example) {
+    using T = decltype(example);
+    const auto run = [&](auto fixed) -> ffi::Error {
+      constexpr bool kFixed = decltype(fixed)::value;
+      using Source = Normalize<T, kFixed>;
+      for (int64_t b = 0; b < batch; ++b) {
+        uint32_t* memory = static_cast<uint32_t*>(scratch->untyped_data()) + b * words;
+        Source source;
+        source.x = part<T>(x, b * n);
+        source.residual = part<T>(residual, b * n);
+        source.y = static_cast<T*>(y->untyped_data()) + b * n;
+        source.positive = positive->element_count() == 0
+                              ? nullptr
+                              : static_cast<uint32_t*>(positive->untyped_data()) +
+                                    b * bitmap_words(n);
+        source.parameters = {part<float>(mean, b * channels), part<float>(variance, b * channels),
+                             part<float>(scale, b * channels), part<float>(bias, b * channels),
+                             epsilon};
+        source.n = n;
+        source.channels = static_cast<uint32_t>(channels);
+        source.relu = relu;
+        source.wide = is_wide(source.x) && is_wide(source.residual) && is_wide(source.y);
+        source.coefficients = nullptr;
+        if constexpr (!kFixed) {
+          float* coefficients = reinterpret_cast<float*>(memory);
+          source.coefficients = coefficients;
+          const unsigned blocks = static_cast<unsigned>((channels + kThreads - 1) / kThreads);
+          coefficients_kernel<<<blocks, kThreads, 0, stream>>>(source.parameters, source.channels,
+                                                               coefficients);
+          SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
+        }
+        constexpr size_t kShared = Streams<T, Source::kStreams>::kBytes;
+        if (!selects) {
+          SWAT_RETURN_IF_ERROR(cuda_error(kOp, launch(stream, map_kernel<T, Source>, kShared,
+                                                      tiles_of(n), source, n, Gate{})));
+          continue;
+        }
+        const Workspace workspace(memory + coefficient_words, n);
+        const Values<T> made(source.y, n);
+        const Packed<T> packed =
+            shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
+                             offsets->untyped_data(), overflow->untyped_data());
+        const uint8_t* flag =
+            mode == kByFlag ? static_cast<const uint8_t*>(refresh.untyped_data()) + b : nullptr;
+        const Gate exact{flag, true}, given{flag, false};
+        Ranks ranks;
+        ranks.words = static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b * selections;
+        ranks.count = static_cast<int>(selections);
+        Outcome outcome;
+        outcome.thresholds = static_cast<float*>(thresholds->untyped_data()) + b * selections;
+        outcome.capacity = packed.capacity;
+        SWAT_RETURN_IF_ERROR(cuda_error(kOp, workspace.clear(stream)));
+        if (mode == kByFlag) {
+          outcome.stored = static_cast<const float*>(stored.untyped_data()) + b * selections;
+          SWAT_RETURN_IF_ERROR(cuda_error(kOp, launch(stream, map_kernel<T, Source>, kShared,
+                                                      tiles_of(n), source, n, given)));
+          SWAT_RETURN_IF_ERROR(
+              cuda_error(kOp, pack_given(stream, made, n, given, outcome.stored, ranks.count, packed,
+                                         workspace)));
+        }
+        SWAT_RETURN_IF_ERROR(cuda_error(kOp, select_thresholds<T>(stream, source, made, n, exact,
+                                                                  ranks, workspace, outcome)));
+        SWAT_RETURN_IF_ERROR(cuda_error(kOp, finish_packing(stream, made, n, exact,
+                                                            mode != kExactFits, packed, workspace)));
+      }
+      return ffi::Error::Success();
+    };
+    return is_fixed(channels) ? run(std::true_type{}) : run(std::false_type{});
+  });
+}
+
+// ---- Backward ----------------------------------------------------------------------------------
+
+// dx = factor * (dz - mean(dz) - normalized x * mean(dz * normalized x)) + through.
+// Coefficients of a channel: factor, shift, slope and constant, so that y = factor * x + shift and
+// dx = factor * dz + slope * x + constant.
+constexpr int kGradientCoefficients = 4;
+
+struct GradientSums {
+  const float* sum;
+  const float* sum_normalized;
+  float inverse_count;
+};
+
+__device__ inline void gradient_coefficients(const Parameters& parameters, const GradientSums& sums,
+                                             uint32_t c, float (&to)[kGradientCoefficients]) {
+  const float factor = parameters.factor(c);
+  const float slope =
+      -factor * parameters.deviation(c) * (sums.sum_normalized[c] * sums.inverse_count);
+  to[0] = factor;
+  to[1] = parameters.shift(c);
+  to[2] = slope;
+  to[3] = -factor * (sums.sum[c] * sums.inverse_count) - slope * parameters.mean[c];
+}
+
+template <typename T, bool kFixed>
+__global__ void __launch_bounds__(kThreads)
+    gradient_kernel(Gradient<T> gradient, GradientSums sums, const float* coefficients,
+                    const T* through, int64_t n, uint32_t channels, T* dx, T* dresidual, bool wide) {
+  extern __shared__ uint4 dynamic[];
+  using Queue = Streams<T, 4>;
+  const Queue queue{dynamic};
+  float c[kGradientCoefficients][kOctet];
+  if constexpr (kFixed) {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      float own[kGradientCoefficients];
+      gradient_coefficients(gradient.parameters, sums, (threadIdx.x * kOctet + j) % channels, own);
+#pragma unroll
+      for (int k = 0; k < kGradientCoefficients; ++k) c[k][j] = own[k];
+    }
+  }
+  const int64_t tiles = (n + kTile - 1) / kTile;
+  const auto index = [&](int turn) {
+    return (blockIdx.x + static_cast<int64_t>(turn) * gridDim.x) * kTile + threadIdx.x * kOctet;
+  };
+  const auto request = [&](int turn) {
+    const int64_t i = index(turn);
+    if (i < n) {
+      queue.request(turn, 0, gradient.x, i, n, wide);
+      queue.request(turn, 1, gradient.dy, i, n, wide);
+      if (gradient.dy2 != nullptr) queue.request(turn, 2, gradient.dy2, i, n, wide);
+      if (through != nullptr) queue.request(turn, 3, through, i, n, wide);
+    }
+    queue.commit();
+  };
+  const bool has_bits = gradient.mask == Mask::kBits;
+  const auto bits_of = [&](int turn) -> uint32_t {
+    return has_bits ? load_bits(gradient.positive, index(turn), n) : ~0u;
+  };
+  for (int turn = 0; turn < Queue::kDepth - 1; ++turn) request(turn);
+  uint32_t ahead[3] = {bits_of(0), bits_of(1), bits_of(2)};
+  for (int turn = 0; blockIdx.x + static_cast<int64_t>(turn) * gridDim.x < tiles; ++turn) {
+    const int64_t i = index(turn);
+    request(turn + Queue::kDepth - 1);
+    const uint32_t bits = ahead[0];
+    ahead[0] = ahead[1];
+    ahead[1] = ahead[2];
+    ahead[2] = bits_of(turn + 3);
+    queue.wait();
+    if (i >= n) continue;
+    if constexpr (!kFixed) load_coefficients(coefficients, channels, i, c);
+    const Octet<T> x = queue.take(turn, 0), dy = queue.take(turn, 1);
+    Octet<T> dy2, more, result, masked;
+    if (gradient.dy2 != nullptr) dy2 = queue.take(turn, 2);
+    if (through != nullptr) more = queue.take(turn, 3);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const float value = to_float(x.v[j]);
+      float dz = to_float(dy.v[j]);
+      if (gradient.dy2 != nullptr) dz += to_float(dy2.v[j]);
+      bool passes = bits >> j & 1;
+      if (gradient.mask == Mask::kSign) {
+        passes = to_float(from_float<T>(normalized(value, c[0][j], c[1][j]))) > 0.f;
+      }
+      if (!passes) dz = 0.f;
+      float out = fmaf(c[0][j], dz, fmaf(c[2][j], value, c[3][j]));
+      if (through != nullptr) out += to_float(more.v[j]);
+      result.v[j] = from_float<T>(out);
+      masked.v[j] = from_float<T>(dz);
+    }
+    store(result, dx, i, n, wide);
+    if (dresidual != nullptr) store(masked, dresidual, i, n, wide);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    gradient_coefficients_kernel(Parameters parameters, GradientSums sums, uint32_t channels,
+                                 float* to) {
+  const uint32_t c = blockIdx.x * kThreads + threadIdx.x;
+  if (c >= channels) return;
+  float own[kGradientCoefficients];
+  gradient_coefficients(parameters, sums, c, own);
+  for (int k = 0; k < kGradientCoefficients; ++k) {
+    to[static_cast<size_t>(k) * channels + c] = own[k];
+  }
+}
+
+ffi::Error gradient(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer dy2,
+                    ffi::AnyBuffer positive, ffi::AnyBuffer mean, ffi::AnyBuffer variance,
+                    ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer sum,
+                    ffi::AnyBuffer sum_normalized, ffi::AnyBuffer through,
+                    ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dresidual,
+                    ffi::Result<ffi::AnyBuffer> scratch, float epsilon, bool relu,
+                    float inverse_count) {
+  constexpr const char* kOp = "batch_norm_gradient";
+  GradientShape shape;
+  SWAT_RETURN_IF_ERROR(check_gradient(kOp, x, dy, dy2, positive, mean, variance, scale, bias, shape));
+  const int64_t batch = shape.batch, channels = shape.channels, n = shape.rows * channels;
+  const ffi::DataType type = x.element_type();
+  SWAT_RETURN_IF_ERROR(check(kOp, "sum", sum, ffi::F32, batch * channels));
+  SWAT_RETURN_IF_ERROR(check(kOp, "sum_normalized", sum_normalized, ffi::F32, batch * channels));
+  SWAT_RETURN_IF_ERROR(check_optional(kOp, "through", through, type, batch * n, 2));
+  SWAT_RETURN_IF_ERROR(check(kOp, "dx", *dx, type, batch * n, 2));
+  if (dresidual->element_count() > 0) {
+    SWAT_RETURN_IF_ERROR(check(kOp, "dresidual", *dresidual, type, batch * n, 2));
+  }
+  const int64_t words =
+      is_fixed(channels) ? 0 : (kGradientCoefficients * channels + 63) / 64 * 64;
+  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::U32, batch * words));
+  return with_type(kOp, "x", type, [&](auto example) {
+    using T = decltype(example);
+    for (int64_t b = 0; b < batch; ++b) {
+      Gradient<T> gradient(x, dy, dy2, positive, b, n, relu);
+      gradient.parameters = {part<float>(mean, b * channels), part<float>(variance, b * channels),
+                             part<float>(scale, b * channels), part<float>(bias, b * channels),
+                             epsilon};
+      const GradientSums sums{part<float>(sum, b * channels),
+                              part<float>(sum_normalized, b * channels), inverse_count};
+      const T* more = part<T>(through, b * n);
+      T* to = static_cast<T*>(dx->untyped_data()) + b * n;
+      T* masked = dresidual->element_count() == 0
+                      ? nullptr
+                      : static_cast<T*>(dresidual->untyped_data()) + b * n;
+      const bool wide = gradient.is_wide() && is_wide(more) && is_wide(to) && is_wide(masked);
+      constexpr size_t kShared = Streams<T, 4>::kBytes;
+      const uint32_t c = static_cast<uint32_t>(channels);
+      float* coefficients = static_cast<float*>(scratch->untyped_data()) + b * words;
+      if (is_fixed(channels)) {
+        SWAT_RETURN_IF_ERROR(cuda_error(
+            kOp, launch(stream, gradient_kernel<T, true>, kShared, tiles_of(n), gradient, sums,
+                        static_cast<const float*>(nullptr), more, n, c, to, masked, wide)));
+        continue;
+      }
+      gradient_coefficients_kernel<<<(c + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
+          gradient.parameters, sums, c, coefficients);
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
+      SWAT_RETURN_IF_ERROR(cuda_error(
+          kOp, launch(stream, gradient_kernel<T, false>, kShared, tiles_of(n), gradient, sums,
+                      static_cast<const float*>(coefficients), more, n, c, to, masked, wide)));
+    }
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+}  // namespace swat
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_relu, swat::batch_norm_relu,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // x
+                                  .Arg<xla::ffi::AnyBuffer>()  // mean
+                                  .Arg<xla::ffi::AnyBuffer>()  // variance
+                                  .Arg<xla::ffi::AnyBuffer>()  // scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // bias
+                                  .Arg<xla::ffi::AnyBuffer>()  // residual, or empty
+                                  .Arg<xla::ffi::AnyBuffer>()  // keep, or empty
+                                  .Arg<xla::ffi::AnyBuffer>()  // refresh, or empty
+                                  .Arg<xla::ffi::AnyBuffer>()  // stored, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // y
+                                  .Ret<xla::ffi::AnyBuffer>()  // positive, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // values, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // bitmap, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // offsets, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // overflow, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // thresholds, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // scratch
+                                  .Attr<float>("epsilon")
+                                  .Attr<bool>("relu")
+                                  .Attr<int64_t>("mode"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_gradient, swat::gradient,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // x
+                                  .Arg<xla::ffi::AnyBuffer>()  // dy
+                                  .Arg<xla::ffi::AnyBuffer>()  // dy2, or empty
+                                  .Arg<xla::ffi::AnyBuffer>()  // positive, or empty
+                                  .Arg<xla::ffi::AnyBuffer>()  // mean
+                                  .Arg<xla::ffi::AnyBuffer>()  // variance
+                                  .Arg<xla::ffi::AnyBuffer>()  // scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // bias
+                                  .Arg<xla::ffi::AnyBuffer>()  // sum
+                                  .Arg<xla::ffi::AnyBuffer>()  // sum_normalized
+                                  .Arg<xla::ffi::AnyBuffer>()  // through, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // dx
+                                  .Ret<xla::ffi::AnyBuffer>()  // dresidual, or empty
+                                  .Ret<xla::ffi::AnyBuffer>()  // scratch
+                                  .Attr<float>("epsilon")
+                                  .Attr<bool>("relu")
+                                  .Attr<float>("inverse_count"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});

@@ -1,0 +1,370 @@
+// What the kernels share: float formats, wide loads, block scans, and the checks of the handlers.
+//
+// Work is laid out in octets (8 consecutive values of the flattened tensor, one per thread and one
+// byte of a bitmap), tiles (one octet per thread of a block) and spans (a block's unit of work).
+
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace swat {
+
+namespace ffi = ::xla::ffi;
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+constexpr int kOctet = 8;
+constexpr int kTile = kThreads * kOctet;  // TILE in swat_jax/sparsity/packing.py
+constexpr int kSpan = kTile * kWarps;  // a tile for every warp
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// ---- Float formats -----------------------------------------------------------------------------
+
+// The magnitude of a float is its bit pattern without the sign; all NaNs count as the pattern one
+// above infinity's, as in swat_jax/sparsity/top_k.py.
+template <typename T>
+struct Format;
+
+template <>
+struct Format<__nv_bfloat16> {
+  static constexpr uint32_t kNan = 0x7f81;
+  static __device__ uint32_t bits(__nv_bfloat16 value) { return __bfloat16_as_ushort(value); }
+  static __device__ float from_magnitude(uint32_t magnitude) {
+    return __uint_as_float(magnitude << 16);
+  }
+};
+
+template <>
+struct Format<__half> {
+  static constexpr uint32_t kNan = 0x7c01;
+  static __device__ uint32_t bits(__half value) { return __half_as_ushort(value); }
+  static __device__ float from_magnitude(uint32_t magnitude) {
+    return __half2float(__ushort_as_half(static_cast<unsigned short>(magnitude)));
+  }
+};
+
+template <>
+struct Format<float> {
+  static constexpr uint32_t kNan = 0x7f800001;
+  static __device__ uint32_t bits(float value) { return __float_as_uint(value); }
+  static __device__ float from_magnitude(uint32_t magnitude) { return __uint_as_float(magnitude); }
+};
+
+template <typename T>
+__device__ __forceinline__ uint32_t magnitude(T value) {
+  constexpr uint32_t kUnsigned = (1u << (8 * sizeof(T) - 1)) - 1;
+  return min(Format<T>::bits(value) & kUnsigned, Format<T>::kNan);
+}
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// A limit that a magnitude is compared with. Thresholds travel as float32, which holds those of the
+// narrower formats exactly, and one of its own that lies between two of theirs.
+template <typename T>
+struct Limit {
+  uint32_t wide;  // magnitude in float32
+  __device__ explicit Limit(float threshold) : wide(magnitude(threshold)) {}
+  __device__ bool keeps(T value) const {
+    const uint32_t found = magnitude(to_float(value));
+    return found != 0 && found >= wide;
+  }
+  __device__ bool equals(T value) const { return magnitude(to_float(value)) == wide; }
+};
+
+// ---- Octets ------------------------------------------------------------------------------------
+
+template <typename T>
+struct alignas(16) Octet {
+  T v[kOctet];
+};
+
+// Values i..i+7 of n; what lies beyond counts as 0. `wide`: the array starts at 16 bytes.
+template <typename T>
+__device__ __forceinline__ Octet<T> load(const T* from, int64_t i, int64_t n, bool wide) {
+  Octet<T> octet;
+  if (wide && i + kOctet <= n) {
+    const uint4* source = reinterpret_cast<const uint4*>(from + i);
+    uint4* target = reinterpret_cast<uint4*>(&octet);
+#pragma unroll
+    for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) {
+      target[w] = __ldg(source + w);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      octet.v[j] = i + j < n ? from[i + j] : from_float<T>(0.f);
+    }
+  }
+  return octet;
+}
+
+template <typename T>
+__device__ __forceinline__ void store(const Octet<T>& octet, T* to, int64_t i, int64_t n,
+                                      bool wide) {
+  if (wide && i + kOctet <= n) {
+    const uint4* source = reinterpret_cast<const uint4*>(&octet);
+    uint4* target = reinterpret_cast<uint4*>(to + i);
+#pragma unroll
+    for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) {
+      target[w] = source[w];
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      if (i + j < n) to[i + j] = octet.v[j];
+    }
+  }
+}
+
+inline bool is_wide(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// A bitmap is an array of 32-bit words, of which every byte belongs to one octet.
+inline int64_t bitmap_words(int64_t n) { return (n + 31) / 32; }
+
+__device__ __forceinline__ void store_bits(uint32_t* bitmap, int64_t i, int64_t n, uint32_t bits) {
+  if (i / kOctet < (n + 31) / 32 * 4) {
+    reinterpret_cast<uint8_t*>(bitmap)[i / kOctet] = static_cast<uint8_t>(bits);
+  }
+}
+
+__device__ __forceinline__ uint32_t load_bits(const uint32_t* bitmap, int64_t i, int64_t n) {
+  return i < n ? __ldg(reinterpret_cast<const uint8_t*>(bitmap) + i / kOctet) : 0;
+}
+
+// ---- Streams -----------------------------------------------------------------------------------
+
+// A thread's queues of octets on their way from memory: requested early, used late, so that many are
+// in flight while few registers hold them. They wait in shared memory, where a thread sees only what
+// it asked for itself. Before compute capability 8.0 they are loaded when they are requested.
+template <typename T, int kStreams>
+struct Streams {
+  static constexpr int kDepth = sizeof(T) == 2 ? 4 : 2;
+  static constexpr int kPlanes = sizeof(Octet<T>) / sizeof(uint4);
+  static constexpr size_t kBytes = sizeof(uint4) * kThreads * kPlanes * kStreams * kDepth;
+
+  uint4* memory;  // shared, kBytes of it
+
+  __device__ uint4* slot(int turn, int stream, int plane) const {
+    return memory + ((turn % kDepth * kStreams + stream) * kPlanes + plane) * kThreads +
+           threadIdx.x;
+  }
+  // Values i..i+7 of n, as in `load`.
+  __device__ void request(int turn, int stream, const T* from, int64_t i, int64_t n,
+                          bool wide) const {
+#if __CUDA_ARCH__ >= 800
+    if (wide && i + kOctet <= n) {
+#pragma unroll
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(slot(turn, stream, plane)));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to),
+                     "l"(reinterpret_cast<const uint4*>(from + i) + plane)
+                     : "memory");
+      }
+      return;
+    }
+#endif
+    const Octet<T> octet = load(from, i, n, wide);
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      *slot(turn, stream, plane) = reinterpret_cast<const uint4*>(&octet)[plane];
+    }
+  }
+  // Ends the requests of one turn, of which there must be one for every turn.
+  __device__ void commit() const {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+  }
+  // Waits until what was requested kDepth - 1 turns ago is here.
+  __device__ void wait() const {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kDepth - 1) : "memory");
+#endif
+  }
+  __device__ Octet<T> take(int turn, int stream) const {
+    Octet<T> octet;
+#pragma unroll
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      reinterpret_cast<uint4*>(&octet)[plane] = *slot(turn, stream, plane);
+    }
+    return octet;
+  }
+};
+
+// ---- Warps and blocks ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t warp_sum(uint32_t value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kFullWarp, value);
+#else
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kFullWarp, value, step);
+  return value;
+#endif
+}
+
+// Exclusive prefix sum over the threads of a block.
+// `totals` is shared memory that nobody else uses until the next barrier of the caller.
+__device__ __forceinline__ uint64_t block_scan(uint64_t value, uint64_t (&totals)[kWarps],
+                                               uint64_t& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint64_t sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const uint64_t other = __shfl_up_sync(kFullWarp, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) totals[warp] = sum;
+  __syncthreads();
+  uint64_t before = 0;
+  total = 0;
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) before += totals[w];
+    total += totals[w];
+  }
+  return before + sum - value;
+}
+
+// Whether this block is the last of the grid to get here; all that the others wrote is visible.
+__device__ __forceinline__ bool is_last_block(uint32_t* arrived, uint32_t blocks, uint32_t& shared) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) shared = atomicAdd(arrived, 1u);
+  __syncthreads();
+  const bool last = shared == blocks - 1;
+  if (last) __threadfence();
+  return last;
+}
+
+// ---- Handlers ----------------------------------------------------------------------------------
+
+inline ffi::Error invalid(const std::string& message) {
+  return ffi::Error::InvalidArgument("swat_jax: " + message);
+}
+
+inline ffi::Error cuda_error(const char* op, cudaError_t code) {
+  if (code == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("swat_jax: ") + op + ": " + cudaGetErrorString(code));
+}
+
+#define SWAT_RETURN_IF_ERROR(expression)              \
+  do {                                                \
+    ::xla::ffi::Error swat_error = (expression);      \
+    if (swat_error.failure()) return swat_error;      \
+  } while (0)
+
+template <typename Buffer>
+int64_t count_of(Buffer& buffer) {
+  return static_cast<int64_t>(buffer.element_count());
+}
+
+// Refuses a buffer of another type, another number of values, or at an odd address.
+template <typename Buffer>
+ffi::Error check(const char* op, const char* name, Buffer& buffer, ffi::DataType type,
+                 int64_t count, size_t alignment = 4) {
+  if (buffer.element_type() != type) {
+    return invalid(std::string(op) + ": " + name + " must have element type " +
+                   std::to_string(static_cast<int>(type)) + ", got " +
+                   std::to_string(static_cast<int>(buffer.element_type())));
+  }
+  if (count_of(buffer) != count) {
+    return invalid(std::string(op) + ": " + name + " must have " + std::to_string(count) +
+                   " values, got " + std::to_string(count_of(buffer)));
+  }
+  if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % alignment != 0) {
+    return invalid(std::string(op) + ": " + name + " must start at a multiple of " +
+                   std::to_string(alignment) + " bytes");
+  }
+  return ffi::Error::Success();
+}
+
+inline bool is_supported(ffi::DataType type) {
+  return type == ffi::F32 || type == ffi::BF16 || type == ffi::F16;
+}
+
+// Calls `body` with a value of the C++ type that `type` stands for.
+template <typename Body>
+ffi::Error with_type(const char* op, const char* name, ffi::DataType type, Body&& body) {
+  switch (type) {
+    case ffi::F32: return body(float{});
+    case ffi::BF16: return body(__nv_bfloat16{});
+    case ffi::F16: return body(__half{});
+    default:
+      return invalid(std::string(op) + ": " + name +
+                     " must be float32, bfloat16 or float16, got element type " +
+                     std::to_string(static_cast<int>(type)));
+  }
+}
+
+// Leading axes are independent problems (`jax.vmap`); the last `rank` axes are one problem.
+template <typename Buffer>
+ffi::Error split_batch(const char* op, const char* name, Buffer& buffer, size_t rank,
+                       int64_t& batch) {
+  const auto dims = buffer.dimensions();
+  if (dims.size() < rank) {
+    return invalid(std::string(op) + ": " + name + " must have at least " + std::to_string(rank) +
+                   " axes, got " + std::to_string(dims.size()));
+  }
+  batch = 1;
+  for (size_t axis = 0; axis + rank < dims.size(); ++axis) batch *= dims[axis];
+  return ffi::Error::Success();
+}
+
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  if (cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;
+  }
+  return count;
+}
+
+// Blocks that live as long as there is work: as many as the device holds at once, at most `work`.
+template <typename Kernel>
+cudaError_t resident_blocks(Kernel kernel, size_t shared, int64_t work, unsigned& blocks) {
+  if (shared > 0) {
+    const cudaError_t code = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (code != cudaSuccess) return code;
+  }
+  int each = 0;
+  const cudaError_t code =
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, kThreads, shared);
+  if (code != cudaSuccess) return code;
+  const int64_t most = static_cast<int64_t>(std::max(each, 1)) * multiprocessors();
+  blocks = static_cast<unsigned>(std::max<int64_t>(std::min(most, work), 1));
+  return cudaSuccess;
+}
+
+}  // namespace swat

@@ -1,0 +1,148 @@
+// Packed tensors and back: `pack` and `unpack` in swat_jax/sparsity/packing.py.
+
+#include "selection.cuh"
+
+namespace swat {
+namespace {
+
+ffi::Error pack(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer threshold,
+                ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> bitmap,
+                ffi::Result<ffi::AnyBuffer> offsets, ffi::Result<ffi::AnyBuffer> overflow,
+                ffi::Result<ffi::AnyBuffer> scratch) {
+  constexpr const char* kOp = "pack";
+  int64_t batch = 1;
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "x", x, 1, batch));
+  const int64_t n = x.dimensions().back();
+  SWAT_RETURN_IF_ERROR(check_size(kOp, "x", n));
+  SWAT_RETURN_IF_ERROR(check(kOp, "threshold", threshold, ffi::F32, batch));
+  PackedShape shape;
+  SWAT_RETURN_IF_ERROR(
+      check_packed(kOp, x.element_type(), n, batch, *values, *bitmap, *offsets, shape));
+  SWAT_RETURN_IF_ERROR(check(kOp, "overflow", *overflow, ffi::U32, batch));
+  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::U32, batch * selection_words(n)));
+  return with_type(kOp, "x", x.element_type(), [&](auto example) {
+    using T = decltype(example);
+    for (int64_t b = 0; b < batch; ++b) {
+      const Workspace workspace(
+          static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n), n);
+      const Values<T> source(static_cast<const T*>(x.untyped_data()) + b * n, n);
+      const Packed<T> packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
+                                                offsets->untyped_data(), overflow->untyped_data());
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, workspace.clear(stream)));
+      SWAT_RETURN_IF_ERROR(cuda_error(
+          kOp, pack_given(stream, source, n, Gate{},
+                          static_cast<const float*>(threshold.untyped_data()) + b, 1, packed,
+                          workspace)));
+      const Gate never{nullptr, false};
+      SWAT_RETURN_IF_ERROR(
+          cuda_error(kOp, finish_packing(stream, source, n, never, true, packed, workspace)));
+    }
+    return ffi::Error::Success();
+  });
+}
+
+// A tile for every warp: its values come to shared memory side by side, and its lanes pick theirs.
+// Values below `least` are left out.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    unpack_kernel(Packed<T> packed, const float* least, int64_t n, T* to, bool wide) {
+  extern __shared__ uint4 dynamic[];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  T* stage = reinterpret_cast<T*>(dynamic) + warp * kTile;
+  const Limit<T> limit(*least);
+  const int64_t tiles = tiles_of(n);
+  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp; tile < tiles;
+       tile += static_cast<int64_t>(gridDim.x) * kWarps) {
+    const int64_t start = tile * kTile + lane * kOctet;
+    uint32_t flags[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      flags[k] = load_bits(packed.bitmap, start + k * 32 * kOctet, n);
+    }
+    const uint64_t offset = __ldg(packed.offsets + tile);
+    const Places places(flags);
+    // Several loads are under way before the first is needed.
+    constexpr int kAhead = 8;
+    for (uint32_t first = lane; first < places.total; first += 32 * kAhead) {
+      T values[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        // The same clamp as in the twin: a bitmap that promises too much stays in bounds.
+        const uint64_t at = min(offset + first + 32 * k, packed.capacity - uint64_t{1});
+        values[k] = packed.values[at];
+      }
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        if (first + 32 * k < places.total) stage[first + 32 * k] = values[k];
+      }
+    }
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      uint32_t at = places.before[k];
+      Octet<T> octet;
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) {
+        T value = from_float<T>(0.f);
+        if (flags[k] >> j & 1) {
+          const T found = stage[at++];
+          if (limit.keeps(found)) value = found;
+        }
+        octet.v[j] = value;
+      }
+      store(octet, to, start + k * 32 * kOctet, n, wide);
+    }
+    __syncwarp();
+  }
+}
+
+ffi::Error unpack(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer bitmap,
+                  ffi::AnyBuffer offsets, ffi::AnyBuffer least,
+                  ffi::Result<ffi::AnyBuffer> result) {
+  constexpr const char* kOp = "unpack";
+  int64_t batch = 1;
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "result", *result, 1, batch));
+  const int64_t n = result->dimensions().back();
+  SWAT_RETURN_IF_ERROR(check_size(kOp, "result", n));
+  SWAT_RETURN_IF_ERROR(check(kOp, "least", least, ffi::F32, batch));
+  PackedShape shape;
+  SWAT_RETURN_IF_ERROR(
+      check_packed(kOp, result->element_type(), n, batch, values, bitmap, offsets, shape));
+  return with_type(kOp, "result", result->element_type(), [&](auto example) {
+    using T = decltype(example);
+    for (int64_t b = 0; b < batch; ++b) {
+      const Packed<T> packed = shape.problem<T>(b, values.untyped_data(), bitmap.untyped_data(),
+                                                offsets.untyped_data(), nullptr);
+      T* to = static_cast<T*>(result->untyped_data()) + b * n;
+      SWAT_RETURN_IF_ERROR(cuda_error(
+          kOp, launch(stream, unpack_kernel<T>, pack_bytes<T>(), spans_of(n), packed,
+                      static_cast<const float*>(least.untyped_data()) + b, n, to, is_wide(to))));
+    }
+    return ffi::Error::Success();
+  });
+}
+
+}  // namespace
+}  // namespace swat
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_pack, swat::pack,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // x
+                                  .Arg<xla::ffi::AnyBuffer>()   // threshold
+                                  .Ret<xla::ffi::AnyBuffer>()   // values
+                                  .Ret<xla::ffi::AnyBuffer>()   // bitmap
+                                  .Ret<xla::ffi::AnyBuffer>()   // offsets
+                                  .Ret<xla::ffi::AnyBuffer>()   // overflow
+                                  .Ret<xla::ffi::AnyBuffer>(),  // scratch
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_unpack, swat::unpack,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()   // values
+                                  .Arg<xla::ffi::AnyBuffer>()   // bitmap
+                                  .Arg<xla::ffi::AnyBuffer>()   // offsets
+                                  .Arg<xla::ffi::AnyBuffer>()   // least
+                                  .Ret<xla::ffi::AnyBuffer>(),  // x
+                              {xla::ffi::Traits::kCmdBufferCompatible});

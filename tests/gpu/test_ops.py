@@ -1,0 +1,380 @@
+"""Every kernel of `ops/` against numpy, written from the rules, and against its jnp twin."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from swat_jax import batch_norm, kernels, native
+from swat_jax.sparsity import packing, top_k
+from tests import oracle
+
+DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
+# Around an octet, a bitmap word, a tile and a span, and large enough for many blocks.
+SIZES = [1, 7, 8, 33, 2047, 2048, 2049, 16_384, 16_385, 100_001, 3_000_001]
+
+pytestmark = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
+
+
+@pytest.fixture(autouse=True)
+def kernels_are_in_use():
+    assert kernels.backend() == "cuda"
+
+
+def draw(size, dtype, kind="normal", seed=0):
+    rng = np.random.default_rng([size, seed])
+    values = rng.normal(size=size)
+    if kind == "relu":
+        values = np.maximum(values, 0)
+    elif kind == "ties":
+        values = np.round(values * 2) / 2
+    elif kind == "constant":
+        values = np.full(size, -1.5)
+    elif kind == "zeros":
+        values = np.zeros(size)
+    elif kind == "sorted":  # what a sample of a part would misjudge
+        values = np.sort(values)
+    elif kind == "special":
+        odd = [np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 6e-8, 1e38]
+        chosen = rng.integers(0, 40, size)
+        for i, value in enumerate(odd):
+            values[chosen == i] = value
+    with np.errstate(over="ignore"):
+        return values.astype(dtype)
+
+
+KINDS = ["normal", "relu", "ties", "constant", "zeros", "special", "sorted"]
+
+
+def same(found, expected, message=""):
+    """Equal as float64: numpy takes two NaNs of a foreign type for different."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.dtype == expected.dtype, message
+    if found.dtype.kind not in "iub":
+        found, expected = found.astype(np.float64), expected.astype(np.float64)
+    np.testing.assert_array_equal(found, expected, err_msg=message)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_threshold_is_the_kth_largest(dtype, size):
+    traced = jax.jit(kernels.threshold)
+    for kind in KINDS:
+        x = draw(size, dtype, kind)
+        for keep in {1, max(1, size // 10), (size + 1) // 2, size, size + 5}:
+            found = np.asarray(traced(x, jnp.uint32(keep)))
+            same(found, oracle.threshold(x, keep), f"{kind}, {keep}")
+        assert np.isnan(traced(x, jnp.uint32(0)))
+
+
+def test_a_sample_that_misleads_changes_nothing():
+    # The sample looks at one octet in many, and finds what is nowhere else.
+    size = 2**22
+    x = np.random.default_rng(0).normal(size=size).astype(jnp.bfloat16)
+    stride = size // 8 // 1024 * 8
+    for value in (0.0, 1e30):
+        x.reshape(-1, stride)[:, :8] = value
+        for keep in (10, size // 10, size - size // stride * 8 + 1):
+            same(kernels.threshold(jnp.asarray(x), keep), oracle.threshold(x, keep))
+
+
+def test_threshold_of_nothing_is_zero():
+    assert float(kernels.threshold(jnp.zeros((0,), jnp.bfloat16), 1)) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_refreshed_threshold_computes_only_at_a_refresh(dtype):
+    x = jnp.asarray(draw(5000, dtype))
+    step = jax.jit(lambda due, stored: kernels.refreshed_threshold(due, x, 500, stored))
+    stored = jnp.float32(1.25)
+    assert float(step(False, stored)) == 1.25
+    assert float(step(True, stored)) == float(oracle.threshold(np.asarray(x), 500))
+
+
+def packed_by_numpy(x, limit, capacity):
+    """The packed form from the rules: values, mask, dropped."""
+    with np.errstate(invalid="ignore"):
+        wanted = oracle.mask(x, limit)
+    mask = wanted
+    if wanted.sum() > capacity:
+        limit = oracle.threshold(x, capacity)
+        mask = oracle.mask(x, limit)
+        ties = mask & (oracle.magnitude_bits(x) == oracle.magnitude_bits(limit))
+        if np.isnan(limit):
+            ties = mask & np.isnan(x.astype(np.float32))
+        room = capacity - (mask & ~ties).sum()
+        mask = (mask & ~ties) | (ties & (np.cumsum(ties) <= room))
+    values = np.zeros(capacity, x.dtype)
+    values[: mask.sum()] = x[mask]
+    return values, mask, wanted.sum() - mask.sum()
+
+
+def check_packed(packed, x, limit, capacity, message):
+    values, mask, dropped = packed_by_numpy(x, limit, capacity)
+    same(packed.values, values, message)
+    words = np.zeros(packing.bitmap_words(x.size) * 32, bool)
+    words[: x.size] = mask
+    bitmap = np.packbits(words, bitorder="little").view(np.uint32)
+    np.testing.assert_array_equal(packed.bitmap, bitmap, err_msg=message)
+    starts = np.arange(0, x.size, packing.TILE)
+    before = np.concatenate([[0], np.cumsum(mask)])[starts]
+    np.testing.assert_array_equal(packed.offsets, before, err_msg=message)
+    assert int(packed.overflow) == dropped, message
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+def test_pack_and_unpack(dtype, size):
+    capacity = max(1, size // 8)
+    pack = jax.jit(lambda x, t: kernels.pack(x, t, capacity))
+    unpack = jax.jit(kernels.unpack)
+    for kind in KINDS:
+        x = draw(size, dtype, kind, seed=1)
+        # Fewer than there is room for, a few more, far more, everything.
+        for keep in {max(1, size // 10), max(1, size // 7), size // 2 + 1, size}:
+            limit = np.float32(oracle.threshold(x, keep))
+            packed = pack(x, limit)
+            check_packed(packed, x, limit, capacity, f"{kind}, {keep}")
+            mask = packed_by_numpy(x, limit, capacity)[1]
+            same(unpack(packed), np.where(mask, x, x.dtype.type(0)))
+            least = np.float32(1.0)
+            both = mask & oracle.mask(x, least)
+            same(unpack(packed, least), np.where(both, x, x.dtype.type(0)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_batch_of_problems_under_vmap(dtype):
+    x = jnp.stack([jnp.asarray(draw(4099, dtype, "relu", seed)) for seed in range(5)])
+    keep = jnp.array([1, 10, 100, 1000, 4000], jnp.uint32)
+    limits = jax.jit(jax.vmap(kernels.threshold))(x, keep)
+    packed = jax.jit(jax.vmap(lambda x, t: kernels.pack(x, t, 500)))(x, limits)
+    dense = jax.jit(jax.vmap(kernels.unpack))(packed)
+    for i in range(5):
+        assert limits[i] == kernels.threshold(x[i], int(keep[i]))
+        one = kernels.pack(x[i], limits[i], 500)
+        many = jax.tree.map(lambda leaf, i=i: leaf[i], packed)
+        jax.tree.map(same, one, many)
+        same(dense[i], kernels.unpack(one))
+
+
+SHAPES = [
+    (1, 1), (3, 5), (1, 8), (200, 3), (1000, 64), (333, 96), (129, 2048), (40, 4096), (77, 1000),
+    (5000, 256), (2, 10_000), (70_001, 16),
+]  # fmt: skip
+# Relative to the largest term that is added up: a few roundings of float32, one of the result.
+BOUNDS = {jnp.float32: 1e-6, jnp.bfloat16: 8e-3, jnp.float16: 1.5e-3}
+
+
+def close(found, expected, dtype, terms):
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    scale = max(float(np.abs(expected).max(initial=0)), *(float(jnp.abs(t).max()) for t in terms))
+    np.testing.assert_allclose(found / scale, expected / scale, atol=BOUNDS[dtype], rtol=0)
+
+
+def norm_inputs(shape, dtype, seed=0):
+    rng = np.random.default_rng([*shape, seed])
+    channels = shape[1]
+    x = rng.normal(size=shape) * rng.uniform(0.5, 2, channels) + 3 * rng.normal(size=channels)
+    return {
+        "x": jnp.asarray(x, dtype),
+        "residual": jnp.asarray(rng.normal(size=shape), dtype),
+        "dy": jnp.asarray(rng.normal(size=shape), dtype),
+        "dy2": jnp.asarray(rng.normal(size=shape), dtype),
+        "scale": jnp.asarray(rng.normal(size=channels), jnp.float32),
+        "bias": jnp.asarray(rng.normal(size=channels), jnp.float32),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_batch_norm_statistics(shape, dtype):
+    x = norm_inputs(shape, dtype)["x"]
+    mean, variance = jax.jit(kernels.batch_norm_statistics)(x)
+    wide = np.asarray(x, np.float64)
+    np.testing.assert_allclose(mean, wide.mean(0), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(variance, wide.var(0), rtol=2e-5, atol=1e-6)
+
+
+def test_statistics_of_a_small_spread_around_a_large_mean():
+    x = 1000 + np.random.default_rng(0).normal(size=(100_000, 8)).astype(np.float32)
+    x[0] = 2000  # an outlier where a careless shift would be taken from
+    mean, variance = jax.jit(kernels.batch_norm_statistics)(x)
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean(0), rtol=1e-6)
+    np.testing.assert_allclose(variance, x.astype(np.float64).var(0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+def test_batch_norm_passes(shape, dtype, relu, adds):
+    given = norm_inputs(shape, dtype)
+    x, residual = given["x"], given["residual"] if adds else None
+    mean, variance = batch_norm.statistics(x)
+    vectors = (mean, variance, given["scale"], given["bias"])
+    options = {"epsilon": 1e-5, "relu": relu}
+    forward = functools.partial(kernels.batch_norm_relu, **options, keeps_signs=True)
+    found = jax.jit(forward)(x, *vectors, residual)
+    expected = batch_norm.normalize(x, *vectors, residual, **options)
+    factor = given["scale"] / jnp.sqrt(variance + 1e-5)
+    close(found.y, expected, dtype, [mean * factor])
+    np.testing.assert_array_equal(found.positive, batch_norm.positive(found.y))
+    positive = found.positive if adds and relu else None
+    for dys in ([given["dy"]], [given["dy"], given["dy2"]]):
+        sums = jax.jit(functools.partial(kernels.batch_norm_gradient_sums, **options))(
+            x, dys, positive, *vectors
+        )
+        # The sign of y is that of the kernel's own y: rounding may differ where y is almost 0.
+        twin = functools.partial(batch_norm.gradient_sums, **options)
+        signs = found.positive if relu else None
+        wide = [given["dy"].astype(jnp.float32)] + [dy.astype(jnp.float32) for dy in dys[1:]]
+        exact = twin(x.astype(jnp.float32), wide, signs, *vectors)
+        rows = shape[0]
+        for total, reference in zip(sums, exact, strict=True):
+            np.testing.assert_allclose(
+                total, reference, atol=2e-5 * math.sqrt(rows) + 1e-5, rtol=2e-5
+            )
+        for through in (None, given["dy2"]):
+            more = {**options, "count": rows, "with_residual": adds, "through": through}
+            dx, dresidual = jax.jit(
+                lambda x, dys, positive, vectors, sums, more=more: kernels.batch_norm_gradient(
+                    x, dys, positive, *vectors, sums=sums, **more
+                )
+            )(x, dys, positive, vectors, exact)
+            twin_dx, twin_dresidual = batch_norm.gradient(
+                x, dys, signs, *vectors, exact, **{**more, "with_residual": True}
+            )
+            slope = factor * exact[1] / rows / jnp.sqrt(variance + 1e-5)
+            terms = [slope * mean, factor * exact[0] / rows, factor * dys[0].astype(jnp.float32)]
+            close(dx, twin_dx, dtype, terms)
+            if adds:
+                close(dresidual, twin_dresidual, dtype, [jnp.float32(1)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "shape", [(3, 5), (1000, 64), (333, 96), (5000, 256), (70_001, 16), (9000, 192)]
+)
+@pytest.mark.parametrize("readers", [1, 2])
+def test_selection_within_batch_norm(shape, dtype, readers):
+    given = norm_inputs(shape, dtype)
+    x = given["x"]
+    mean, variance = batch_norm.statistics(x)
+    vectors = (mean, variance, given["scale"], given["bias"])
+    size = math.prod(shape)
+    keeps = [max(1, size // 10), max(1, size // 5)][:readers]
+    capacity = packing.capacity(max(keeps), size)
+
+    @functools.partial(jax.jit, static_argnames=("fits", "flagged"))
+    def run(refresh, stored, fits, flagged, keeps=tuple(keeps)):
+        words = jnp.array([[0, keep] for keep in keeps], jnp.uint32)
+        state = {"is_refresh": refresh, "stored": stored} if flagged else {}
+        selection = kernels.Selection(words, capacity, fits, **state)
+        return kernels.batch_norm_relu(x, *vectors, epsilon=1e-5, relu=True, selection=selection)
+
+    y = np.asarray(run(True, jnp.zeros(readers), True, False).y).ravel()
+    exact = np.array([oracle.threshold(y, keep) for keep in keeps]).astype(np.float32)
+    stale = exact * np.float32(1.1)
+    loose = exact * np.float32(0.3)
+    for refresh, stored, fits, flagged, limits in [
+        (True, loose, True, False, exact),
+        (True, loose, False, False, exact),
+        (True, loose, False, True, exact),
+        (False, stale, False, True, stale),
+        (False, loose, False, True, loose),
+        (False, np.zeros_like(exact), False, True, np.zeros_like(exact)),
+    ]:
+        found = run(refresh, jnp.asarray(stored), fits, flagged)
+        same(np.asarray(found.y).ravel(), y)
+        same(found.thresholds, limits)
+        check_packed(found.packed, y, limits.min(), capacity, str((refresh, fits, flagged)))
+
+
+def test_more_kept_than_there_is_room_for():
+    x = jnp.asarray(draw(64 * 1000, jnp.bfloat16)).reshape(1000, 64)
+    ones, zeros = jnp.ones(64), jnp.zeros(64)
+    for dtype in DTYPES:
+        selection = kernels.Selection(jnp.array([[0, 5000]], jnp.uint32), 1000, False)
+        found = jax.jit(
+            lambda x, selection=selection: kernels.batch_norm_relu(
+                x, zeros, ones, ones, zeros, epsilon=0.0, relu=True, selection=selection
+            )
+        )(x.astype(dtype))
+        y = np.asarray(found.y).ravel()
+        limit = np.float32(oracle.threshold(y, 5000))
+        same(found.thresholds, np.array([limit]))
+        check_packed(found.packed, y, limit, 1000, str(dtype))
+
+
+def test_vmapped_batch_norm():
+    x = jnp.stack([norm_inputs((333, 24), jnp.bfloat16, seed)["x"] for seed in range(3)])
+    scale, bias = jnp.ones(24), jnp.zeros(24)
+
+    def both(x):
+        mean, variance = kernels.batch_norm_statistics(x)
+        selection = kernels.Selection(jnp.array([[0, 700]], jnp.uint32), 800, True)
+        result = kernels.batch_norm_relu(
+            x, mean, variance, scale, bias, epsilon=1e-5, relu=True, selection=selection
+        )
+        sums = kernels.batch_norm_gradient_sums(
+            x, [result.y], None, mean, variance, scale, bias, epsilon=1e-5, relu=True
+        )
+        return mean, variance, result, sums
+
+    many = jax.jit(jax.vmap(both))(x)
+    for i in range(3):
+        one = jax.jit(both)(x[i])
+        jax.tree.map(lambda a, b, i=i: same(a, np.asarray(b)[i]), one, many)
+
+
+def test_twenty_runs_have_the_same_bits():
+    shape = (30_000, 128)
+    given = norm_inputs(shape, jnp.bfloat16)
+
+    @jax.jit
+    def run(x, dy):
+        mean, variance = kernels.batch_norm_statistics(x)
+        vectors = (mean, variance, given["scale"], given["bias"])
+        selection = kernels.Selection(jnp.array([[0, 300_000]], jnp.uint32), 310_000, True)
+        result = kernels.batch_norm_relu(x, *vectors, epsilon=1e-5, relu=True, selection=selection)
+        sums = kernels.batch_norm_gradient_sums(x, [dy], None, *vectors, epsilon=1e-5, relu=True)
+        dx, _ = kernels.batch_norm_gradient(
+            x, [dy], None, *vectors, sums=sums, epsilon=1e-5, relu=True, count=shape[0],
+            with_residual=False,
+        )  # fmt: skip
+        return mean, variance, result, sums, dx, kernels.unpack(result.packed)
+
+    first = jax.device_get(run(given["x"], given["dy"]))
+    for _ in range(20):
+        again = jax.device_get(run(given["x"], given["dy"]))
+        jax.tree.map(same, first, again)
+
+
+def test_more_than_two_to_the_31_values():
+    size = 2**31 + 12_345
+    x = jax.jit(lambda: (jnp.arange(size, dtype=jnp.uint32) % 1000).astype(jnp.bfloat16))()
+    keep = size // 10
+    limit = jax.jit(lambda x: kernels.threshold(x, keep))(x)
+    assert float(limit) == float(jnp.bfloat16(900))
+    packed = jax.jit(lambda x, t: kernels.pack(x, t, int(keep * 1.05)))(x, limit)
+    dense = jax.jit(kernels.unpack)(packed)
+    same = jax.jit(lambda x, d, t: jnp.all(d == top_k.sparsify(x, t)))(x, dense, limit)
+    assert bool(same) or int(packed.overflow) > 0
+
+
+def test_operands_that_do_not_fit_are_refused():
+    with pytest.raises(Exception, match="keep must have 2 values, got 3"):
+        jax.block_until_ready(
+            jax.jit(
+                lambda x: jax.ffi.ffi_call(
+                    "swat_jax_threshold",
+                    (
+                        jax.ShapeDtypeStruct((), jnp.float32),
+                        jax.ShapeDtypeStruct((kernels._selection_words(8),), jnp.uint32),
+                    ),
+                )(x, jnp.zeros(3, jnp.uint32), jnp.ones((), bool), jnp.zeros(()))
+            )(jnp.ones(8))
+        )
