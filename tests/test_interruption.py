@@ -22,6 +22,7 @@ def test_max_steps_stops_and_more_of_them_go_on_with_the_same_bits(tmp_path):
     first = train.train_and_evaluate(digits(max_steps=5, **often), halves)
     assert first["steps"] == 5
     assert [path.name for path in (halves / "checkpoints").iterdir()] == ["5"]
+    early = final_arrays(halves)
     second = train.train_and_evaluate(digits(max_steps=24, **often), halves)  # into epoch 1
     assert second["steps"] == 24
     assert_same_bits(final_arrays(halves), final_arrays(whole))
@@ -30,14 +31,25 @@ def test_max_steps_stops_and_more_of_them_go_on_with_the_same_bits(tmp_path):
     assert trained == sorted(set(trained))
     assert trained[:3] == [2, 4, 5]
     assert trained[-1] == 24
+    # The seed alone decides: with another one nothing is the same.
+    train.train_and_evaluate(digits(max_steps=5, seed=1, **often), tmp_path / "other")
+    other = final_arrays(tmp_path / "other")
+    kernels = [name for name in early if "kernel" in name]
+    assert kernels
+    assert not any(np.array_equal(early[name], other[name]) for name in kernels)
 
 
 def test_what_goes_wrong_in_scoring_an_epoch_costs_no_training(tmp_path, monkeypatch):
     """At its start, and when the scores are in the log but not yet in the checkpoint."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     options = {"epochs": 3, "batch_size": 256, "log__every_steps": 3}
-    config = digits(data__holdout=0.2, checkpoint__select="best_holdout", **options)
+    config = digits("erk90", data__holdout=0.2, checkpoint__select="best_holdout", **options)
     expected = train.train_and_evaluate(config, whole)
+    assert expected["weight_sparsity"] == pytest.approx(0.9, abs=1e-3)
+    scores = [line for line in lines(whole) if line["kind"] == "eval"]
+    best = max(scores, key=lambda line: line["holdout_accuracy"])
+    assert expected["steps"] == best["step"]
+    assert expected["pruned_test_accuracy"] == best["test_accuracy"]
 
     advance, starts = train.Resident.advance, []
 
@@ -84,7 +96,7 @@ def test_a_run_that_diverges_names_the_step_and_keeps_a_good_checkpoint(tmp_path
         "epochs": 2,
     }
     with pytest.raises(RunError) as caught:
-        train.train_and_evaluate(digits(**changes), tmp_path)
+        train.train_and_evaluate(digits("channel70", **changes), tmp_path)
     found = re.fullmatch(
         r"(the loss is nan at|the weights are not finite after) step (\d+); "
         r"the checkpoint of step (\d+) is kept; lower config\.optimizer\.learning_rate, .*",

@@ -9,31 +9,32 @@ import numpy as np
 import pytest
 
 from swat_jax import train
-from tests.runs import assert_same_bits, digits, final_arrays, finish, newest_step, spawn
+from tests.runs import (
+    OFTEN_SAVED,
+    STREAM,
+    assert_same_bits,
+    digits,
+    final_arrays,
+    finish,
+    newest_step,
+    spawn,
+)
 
-# 22 steps; the checkpoints of steps 4, 8, 11, 12, 16, 20 and 22 follow one another closely.
-COMMON = {
-    "batch_size": 128,
-    "epochs": 2,
-    "checkpoint.every_steps": 4,
-    "log.every_steps": 3,
-    "sparsity.threshold_every_steps": 3,
-}
-RUNS = {
-    "stream": ("u90", COMMON | {"data.on_device": False}),
-    "momentum": ("m90", COMMON | {"devices": 2}),
-}
+RUNS = {"stream": ("u90", STREAM), "momentum": ("m90", OFTEN_SAVED | {"devices": 2})}
 # Processes start in half the time when the many small programs of a start are cached too.
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @pytest.mark.parametrize(("method", "changes"), RUNS.values(), ids=RUNS)
 def test_killed_again_and_again_it_ends_with_the_same_bits(method, changes, tmp_path):
-    changes = {"devices": 1, **changes}
+    options = {"devices": 1, **changes}
+    changes = {key.replace("__", "."): value for key, value in options.items()}
     flags = [method, *(f"--config.{key}={value}" for key, value in changes.items())]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    options = {key.replace(".", "__"): value for key, value in changes.items()}
     expected = train.train_and_evaluate(digits(method, **options), whole)
+    assert expected["steps"] == 22
+    assert expected["final_loss"] < 1.8, "it does not learn"
+    assert expected["weight_sparsity"] == pytest.approx(0.9, abs=2e-3)
     random = np.random.default_rng(0)
     kills = []
     for moment in ("saving", "any", "saving"):
