@@ -254,7 +254,7 @@ class Progress:
         if rate:
             left = (self._total - step) * self._batch_size / rate
             unit = "img/s" if narrow else "images/s"
-            parts += [f"{rate:,.0f} {unit}", f"{format_seconds(left)} left"]
+            parts += [f"{format_rate(rate)} {unit}", f"{format_seconds(left)} left"]
         return "  ".join(parts)
 
 
@@ -321,7 +321,7 @@ _RESULTS: tuple[tuple[str, str, str], ...] = (
     ("activation_sparsity", "activation sparsity", "percent"),
     ("training_flop_reduction", "training FLOP reduction", "of 100"),
     ("seconds", "time", "seconds"),
-    ("images_per_second", "images per second", "count"),
+    ("images_per_second", "images per second", "rate"),
 )
 
 
@@ -378,6 +378,11 @@ def format_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def format_rate(rate: float) -> str:
+    """`12,346`, `0.74`: two digits at least, for networks that are slow on a CPU."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
 def _result(value: Any, form: str) -> str:
     if value is None:
         return "-"
@@ -388,8 +393,8 @@ def _result(value: Any, form: str) -> str:
             return f"{value:.1f} %"
         case "seconds":
             return format_seconds(value)
-        case "count":
-            return f"{value:,.0f}"
+        case "rate":
+            return format_rate(value)
         case _:
             return f"{value:.4f}"
 

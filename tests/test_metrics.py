@@ -278,6 +278,14 @@ def test_final_table_has_a_column_for_each_run():
     ]
 
 
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(12345.6, "12,346"), (10.4, "10"), (9.96, "10"), (7.44, "7.4"), (0.7406, "0.74")],
+)
+def test_a_low_rate_keeps_two_digits(rate, text):
+    assert metrics.format_rate(rate) == text
+
+
 def test_tables_do_not_wrap_or_read_markup():
     long = "[bold]" + "x" * 300
     assert long in metrics.table("t", ("a", "b"), [(long, "1")])
