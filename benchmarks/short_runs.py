@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--learning_rate", type=float, default=0.05)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=780)
     parser.add_argument("--steps_per_dispatch", type=int, help="0: as the config chooses")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args()
