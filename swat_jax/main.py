@@ -75,8 +75,8 @@ def _join_processes() -> None:
         jax.distributed.initialize()
     except (RuntimeError, ValueError) as error:
         raise UsageError(
-            f"--distributed: {error} Start it under Slurm, Open MPI or Kubernetes, one process per "
-            "host, or leave the flag out"
+            f"--distributed: {error} Start it under Slurm or Open MPI, one process per GPU, or in "
+            "Kubernetes, one per host, or leave the flag out"
         ) from error
 
 
