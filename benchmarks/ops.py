@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from swat_jax import kernels, native
+from swat_jax import batch_norm, kernels, native
 from swat_jax.sparsity import packing, top_k
 
 CHANNELS = 256
@@ -76,14 +76,14 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
     limit = kernels.threshold(y, keep).astype(jnp.float32)
     packed = jax.jit(lambda y, t: kernels.pack(y, t, capacity))(y, limit)
     mean, variance = kernels.batch_norm_statistics(x)
-    vectors = (mean, variance, jnp.ones(CHANNELS), jnp.zeros(CHANNELS))
+    vectors = batch_norm.Vectors(mean, variance, jnp.ones(CHANNELS), jnp.zeros(CHANNELS))
     options: dict[str, Any] = {"epsilon": 1e-5, "relu": True}
     words = jnp.asarray([[0, keep]], jnp.uint32)
 
     def forward(residual_: Any, selection: Any) -> Callable[..., Any]:
         has = residual_ is not None
         return lambda x, residual, stored: kernels.batch_norm_relu(
-            x, *vectors, residual if has else None, keeps_signs=has,
+            x, vectors, residual if has else None, keeps_signs=has,
             selection=selection(stored) if selection else None, **options,
         )  # fmt: skip
 
@@ -93,18 +93,18 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
     def given(stored: Any) -> kernels.Selection:
         return kernels.Selection(words, capacity, False, stored[0] < 0, stored)
 
-    signs = jax.jit(lambda x: kernels.batch_norm_relu(x, *vectors, keeps_signs=True, **options))(x)
+    signs = jax.jit(lambda x: kernels.batch_norm_relu(x, vectors, keeps_signs=True, **options))(x)
     positive = signs.positive
-    sums = kernels.batch_norm_gradient_sums(x, [dy], None, *vectors, **options)
+    sums = kernels.batch_norm_gradient_sums(x, [dy], None, vectors, **options)
     more = {**options, "sums": sums, "count": shape[0]}
-    added = (x, residual, stored_sum)
     compact = 0.125 + 2 * capacity / size  # bytes a value
 
     def stored_for(residual_: Any) -> jax.Array:
-        y = kernels.batch_norm_relu(x, *vectors, residual_, **options).y
+        y = kernels.batch_norm_relu(x, vectors, residual_, **options).y
         return kernels.threshold(y, keep).astype(jnp.float32)[None]
 
-    stored, stored_sum = stored_for(None), stored_for(residual)
+    stored = stored_for(None)
+    added = (x, residual, stored_for(residual))
     ops: list[tuple[str, float, Callable[..., Any] | None, tuple[Any, ...]]] = [
         ("copy", 4, None, (x,)),
         ("threshold", 2, lambda y: kernels.threshold(y, keep), (y,)),
@@ -118,19 +118,19 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
         ("norm. + res. + exact pack", 8.125 + compact, forward(1, exact), added),
         ("norm. + res. + given pack", 6.125 + compact, forward(1, given), added),
         ("gradient sums", 4,
-         lambda x, dy: kernels.batch_norm_gradient_sums(x, [dy], None, *vectors, **options),
+         lambda x, dy: kernels.batch_norm_gradient_sums(x, [dy], None, vectors, **options),
          (x, dy)),
         ("gradient sums + skip", 6.125,
          lambda x, dy, dy2, signs: kernels.batch_norm_gradient_sums(
-             x, [dy, dy2], signs, *vectors, **options),
+             x, [dy, dy2], signs, vectors, **options),
          (x, dy, dy2, positive)),
         ("gradient", 6,
          lambda x, dy: kernels.batch_norm_gradient(
-             x, [dy], None, *vectors, with_residual=False, **more),
+             x, [dy], None, vectors, with_residual=False, **more),
          (x, dy)),
         ("gradient + skip", 10.125,
          lambda x, dy, dy2, signs: kernels.batch_norm_gradient(
-             x, [dy, dy2], signs, *vectors, with_residual=True, **more),
+             x, [dy, dy2], signs, vectors, with_residual=True, **more),
          (x, dy, dy2, positive)),
     ]  # fmt: skip
     if slow:

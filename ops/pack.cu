@@ -51,15 +51,24 @@ __global__ void __launch_bounds__(kThreads)
   T* stage = reinterpret_cast<T*>(dynamic) + warp * kTile;
   const Limit<T> limit(*least);
   const int64_t tiles = tiles_of(n);
-  for (int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp; tile < tiles;
-       tile += static_cast<int64_t>(gridDim.x) * kWarps) {
-    const int64_t start = tile * kTile + lane * kOctet;
-    uint32_t flags[kSteps];
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
+  int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
+  Flags next_flags;
+  uint64_t next_offset = 0;
+  const auto request = [&](int64_t of) {
+    next_flags.bits = 0;
+    if (of >= tiles) return;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      flags[k] = load_bits(packed.bitmap, start + k * 32 * kOctet, n);
+      next_flags.set(k, load_bits(packed.bitmap, of * kTile + (k * 32 + lane) * kOctet, n));
     }
-    const uint64_t offset = __ldg(packed.offsets + tile);
+    next_offset = __ldg(packed.offsets + of);
+  };
+  request(tile);
+  for (; tile < tiles; tile += step) {
+    const Flags flags = next_flags;
+    const uint64_t offset = next_offset;
+    request(tile + step);
     const Places places(flags);
     // Several loads are under way before the first is needed.
     constexpr int kAhead = 8;
@@ -79,7 +88,7 @@ __global__ void __launch_bounds__(kThreads)
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      uint32_t at = places.before[k];
+      uint32_t at = places[k];
       Octet<T> octet;
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
@@ -90,7 +99,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         octet.v[j] = value;
       }
-      store(octet, to, start + k * 32 * kOctet, n, wide);
+      store(octet, to, tile * kTile + (k * 32 + lane) * kOctet, n, wide);
     }
     __syncwarp();
   }

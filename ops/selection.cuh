@@ -568,18 +568,27 @@ struct PackScratch {
   uint32_t ticket;
 };
 
-// Where a warp's flags lie among those of its tile: of every step, how many flags of the tile come
-// before those of this lane.
-struct Places {
-  uint32_t before[kSteps];
-  uint32_t total;
+// The flags of a lane: eight steps, a byte each.
+struct Flags {
+  uint64_t bits = 0;
+  __device__ __forceinline__ uint32_t operator[](int step) const {
+    return static_cast<uint32_t>(bits >> (kOctet * step)) & 0xff;
+  }
+  __device__ __forceinline__ void set(int step, uint32_t flags) {
+    bits |= static_cast<uint64_t>(flags) << (kOctet * step);
+  }
+};
 
-  __device__ explicit Places(const uint32_t (&flags)[kSteps]) {
+// Where a lane's flags lie among those of its warp's tile: of every step, how many flags of the tile
+// come before.
+struct Places {
+  uint64_t before[2] = {};  // of four steps each, 16 bits a step
+  uint32_t total = 0;
+
+  __device__ explicit Places(const Flags& flags) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
-    total = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Four steps at a time, 16 bits each.
       uint64_t own = 0;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
@@ -592,13 +601,16 @@ struct Places {
         if (lane >= step) sum += other;
       }
       const uint64_t all = __shfl_sync(kFullWarp, sum, 31);
+      before[half] = sum - own;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        before[half * 4 + k] =
-            total + (static_cast<uint32_t>((sum - own) >> (16 * k)) & 0xffff);
+        before[half] += static_cast<uint64_t>(total) << (16 * k);
         total += static_cast<uint32_t>(all >> (16 * k)) & 0xffff;
       }
     }
+  }
+  __device__ __forceinline__ uint32_t operator[](int step) const {
+    return static_cast<uint32_t>(before[step / 4] >> (16 * (step % 4))) & 0xffff;
   }
 };
 
@@ -617,7 +629,7 @@ __device__ __forceinline__ uint32_t sum_tiles(const uint32_t (&counts)[kWarps], 
 
 // Of the ties of a span keeps as many as there is room for, in index order.
 template <typename T>
-__device__ void limit_ties(uint32_t (&ties)[kSteps], int64_t span, uint64_t* status, uint64_t room,
+__device__ void limit_ties(Flags& ties, int64_t span, uint64_t* status, uint64_t room,
                            PackScratch<T>& scratch) {
   const int warp = static_cast<int>(threadIdx.x) / 32;
   const Places places(ties);
@@ -632,24 +644,26 @@ __device__ void limit_ties(uint32_t (&ties)[kSteps], int64_t span, uint64_t* sta
     if (threadIdx.x == 0) scratch.before[1] = before;
   }
   __syncthreads();
+  Flags kept;
 #pragma unroll
   for (int k = 0; k < kSteps; ++k) {
-    uint64_t rank = scratch.before[1] + tile + places.before[k];
-    uint32_t kept = 0;
+    uint64_t rank = scratch.before[1] + tile + places[k];
+    uint32_t flags = 0;
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
-      if (ties[k] >> j & 1) kept |= (rank++ < room ? 1u : 0u) << j;
+      if (ties[k] >> j & 1) flags |= (rank++ < room ? 1u : 0u) << j;
     }
-    ties[k] = kept;
+    kept.set(k, flags);
   }
+  ties = kept;
 }
 
-// Packs all spans. `limit` decides; with `limits_ties` only `room` values that equal it are kept.
-// Returns, to thread 0 of the block that packs the last span, how many values are kept in all.
-template <typename T>
-__device__ uint64_t pack_spans(const T* from, bool wide, int64_t n, Limit<T> limit, bool limits_ties,
-                               uint64_t room, const Packed<T>& packed, uint32_t* begun,
-                               uint64_t* status, uint64_t* tie_status, PackScratch<T>& scratch) {
+// Packs all spans. `limit` decides; if ties are limited only `room` values that equal it are kept.
+// Returns, in the block that packs the last span, how many values are kept in all.
+template <bool kLimitsTies, typename T>
+__device__ uint64_t pack_spans(const T* from, bool wide, int64_t n, Limit<T> limit, uint64_t room,
+                               const Packed<T>& packed, uint32_t* begun, uint64_t* status,
+                               uint64_t* tie_status, PackScratch<T>& scratch) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t spans = spans_of(n);
   uint64_t all = 0;
@@ -666,27 +680,23 @@ __device__ uint64_t pack_spans(const T* from, bool wide, int64_t n, Limit<T> lim
   int64_t span = scratch.ticket;
   if (span < spans) load_span(span);
   while (span < spans) {
-    uint32_t flags[kSteps] = {};
+    Flags flags, ties;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
+      uint32_t kept = 0, equal = 0;
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
-        flags[k] |= (limit.keeps(octets[k].v[j]) ? 1u : 0u) << j;
+        const bool keeps = limit.keeps(octets[k].v[j]);
+        const bool is_tie = kLimitsTies && keeps && limit.equals(octets[k].v[j]);
+        kept |= (keeps && !is_tie ? 1u : 0u) << j;
+        equal |= (is_tie ? 1u : 0u) << j;
       }
+      flags.set(k, kept);
+      ties.set(k, equal);
     }
-    if (limits_ties) {
-      uint32_t ties[kSteps] = {};
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-        for (int j = 0; j < kOctet; ++j) {
-          if (flags[k] >> j & 1) ties[k] |= (limit.equals(octets[k].v[j]) ? 1u : 0u) << j;
-        }
-        flags[k] &= ~ties[k];
-      }
+    if constexpr (kLimitsTies) {
       limit_ties(ties, span, tie_status, room, scratch);
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) flags[k] |= ties[k];
+      flags.bits |= ties.bits;
     }
     const Places places(flags);
     if (lane == 0) scratch.counts[0][warp] = places.total;
@@ -702,7 +712,7 @@ __device__ uint64_t pack_spans(const T* from, bool wide, int64_t n, Limit<T> lim
     const int64_t start = span * kSpan + warp * kTile + lane * kOctet;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      uint32_t at = tile + places.before[k];
+      uint32_t at = tile + places[k];
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
         if (flags[k] >> j & 1) stage[at++] = octets[k].v[j];
@@ -731,6 +741,11 @@ __device__ uint64_t pack_spans(const T* from, bool wide, int64_t n, Limit<T> lim
   return all;
 }
 
+#ifndef SWAT_PACK_BLOCKS
+#define SWAT_PACK_BLOCKS 3
+#endif
+constexpr int kPackBlocks = SWAT_PACK_BLOCKS;
+
 template <typename T>
 constexpr size_t pack_bytes() {
   return sizeof(T) * kSpan;
@@ -739,7 +754,7 @@ constexpr size_t pack_bytes() {
 // Packs by thresholds that are given (`stored`, the smallest counts), and finds out whether there
 // is room.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kPackBlocks)
     pack_given_kernel(const T* from, bool wide, int64_t n, Gate gate, const float* stored,
                       int selections, Packed<T> packed, Control* control, uint64_t* status) {
   extern __shared__ uint4 dynamic[];
@@ -751,8 +766,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (threadIdx.x == 0) scratch.stage = reinterpret_cast<Octet<T>*>(dynamic);
   const uint64_t total =
-      pack_spans(from, wide, n, Limit<T>(smallest), false, 0, packed, &control->spans_begun[0],
-                 status, static_cast<uint64_t*>(nullptr), scratch);
+      pack_spans<false>(from, wide, n, Limit<T>(smallest), 0, packed, &control->spans_begun[0],
+                        status, nullptr, scratch);
   if (total != 0 && threadIdx.x == 0) {
     control->wanted = static_cast<uint32_t>(total);
     control->overflow = total > packed.capacity;
@@ -762,7 +777,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Packs what an exact selection, or the one that an overflow made necessary, has found; and fills
 // what is left of the values with zeros.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kPackBlocks)
     pack_kernel(const T* from, bool wide, int64_t n, Gate exact, Packed<T> packed, Control* control,
                 uint64_t* status, uint64_t* tie_status) {
   extern __shared__ uint4 dynamic[];
@@ -780,10 +795,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (!packs) return;
   if (threadIdx.x == 0) scratch.stage = reinterpret_cast<Octet<T>*>(dynamic);
-  const bool limits_ties = survive > packed.capacity;
-  const uint64_t room = limits_ties ? packed.capacity - control->above : 0;
-  pack_spans(from, wide, n, Limit<T>(control->limit), limits_ties, room, packed,
-             &control->spans_begun[1], status, tie_status, scratch);
+  const Limit<T> limit(control->limit);
+  uint32_t* begun = &control->spans_begun[1];
+  if (survive <= packed.capacity) {
+    pack_spans<false>(from, wide, n, limit, 0, packed, begun, status, nullptr, scratch);
+  } else {
+    pack_spans<true>(from, wide, n, limit, packed.capacity - control->above, packed, begun, status,
+                     tie_status, scratch);
+  }
 }
 
 // ---- Sources and launches ----------------------------------------------------------------------

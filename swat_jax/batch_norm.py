@@ -10,12 +10,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from swat_jax.sparsity import packing
+
+
+class Vectors(NamedTuple):
+    """What belongs to the channels; each is (channels,), float32 (float64 for float64).
+
+    Attributes:
+      mean: of the batch, or a running average.
+      variance: likewise, biased.
+      scale: factor after the normalisation.
+      bias: summand after the normalisation.
+    """
+
+    mean: jax.Array
+    variance: jax.Array
+    scale: jax.Array
+    bias: jax.Array
 
 
 def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -35,10 +52,7 @@ def statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def normalize(
     x: jax.Array,
-    mean: jax.Array,
-    variance: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    vectors: Vectors,
     residual: jax.Array | None = None,
     *,
     epsilon: float,
@@ -48,10 +62,7 @@ def normalize(
 
     Args:
       x: (..., channels) floats.
-      mean: (channels,), like all that follow but ``residual``.
-      variance: of every channel.
-      scale: factor after the normalisation.
-      bias: summand after the normalisation.
+      vectors: of the channels.
       residual: added before the ReLU; shape and type of ``x``.
       epsilon: keeps the root away from 0.
       relu: whether negative values become 0.
@@ -60,8 +71,8 @@ def normalize(
       The shape and the type of ``x``, rounded once.
     """
     wide = _wide(x)
-    factor = lax.rsqrt(variance + epsilon) * scale
-    y = (wide - mean) * factor + bias
+    factor = lax.rsqrt(vectors.variance + epsilon) * vectors.scale
+    y = (wide - vectors.mean) * factor + vectors.bias
     if residual is not None:
         y = y + _wide(residual)
     if relu:
@@ -78,10 +89,7 @@ def gradient_sums(
     x: jax.Array,
     dys: Sequence[jax.Array],
     positive: jax.Array | None,
-    mean: jax.Array,
-    variance: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    vectors: Vectors,
     *,
     epsilon: float,
     relu: bool,
@@ -93,10 +101,7 @@ def gradient_sums(
       dys: gradients of the output, one or more, which add up.
       positive: bitmap of the positive outputs; None: found again from ``x`` (which is right
         where nothing was added to it).
-      mean: as in `normalize`, and so on.
-      variance: of every channel.
-      scale: factor after the normalisation.
-      bias: summand after the normalisation.
+      vectors: as in `normalize`.
       epsilon: as in `normalize`.
       relu: as in `normalize`.
 
@@ -104,20 +109,17 @@ def gradient_sums(
       ``sum(dz)`` and ``sum(dz * (x - mean) / sqrt(variance + epsilon))``, each (channels,), where
       ``dz`` is the gradient before the ReLU.
     """
-    dz = _before_relu(x, dys, positive, mean, variance, scale, bias, epsilon, relu)
+    dz = _before_relu(x, dys, positive, vectors, epsilon, relu)
     axes = tuple(range(x.ndim - 1))
-    moment = jnp.sum(dz * (_wide(x) - mean), axis=axes) * lax.rsqrt(variance + epsilon)
-    return jnp.sum(dz, axis=axes), moment
+    moment = jnp.sum(dz * (_wide(x) - vectors.mean), axis=axes)
+    return jnp.sum(dz, axis=axes), moment * lax.rsqrt(vectors.variance + epsilon)
 
 
 def gradient(
     x: jax.Array,
     dys: Sequence[jax.Array],
     positive: jax.Array | None,
-    mean: jax.Array,
-    variance: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    vectors: Vectors,
     sums: tuple[jax.Array, jax.Array],
     through: jax.Array | None = None,
     *,
@@ -132,10 +134,7 @@ def gradient(
       x: as in `gradient_sums`, and so on.
       dys: gradients of the output.
       positive: bitmap or None.
-      mean: of every channel.
-      variance: of every channel.
-      scale: factor after the normalisation.
-      bias: summand after the normalisation.
+      vectors: as in `normalize`.
       sums: from `gradient_sums`; zeros where mean and variance were constants.
       through: a gradient of ``x`` from elsewhere, which is added.
       epsilon: as in `normalize`.
@@ -146,13 +145,13 @@ def gradient(
     Returns:
       The gradient of ``x``, and that of the residual or None.
     """
-    dz = _before_relu(x, dys, positive, mean, variance, scale, bias, epsilon, relu)
-    deviation = lax.rsqrt(variance + epsilon)
-    factor = deviation * scale
+    dz = _before_relu(x, dys, positive, vectors, epsilon, relu)
+    deviation = lax.rsqrt(vectors.variance + epsilon)
+    factor = deviation * vectors.scale
     inverse = jnp.asarray(1 / count, factor.dtype)
     constant = factor * (sums[0] * inverse)
     slope = factor * deviation * (sums[1] * inverse)
-    dx = factor * dz - constant - slope * (_wide(x) - mean)
+    dx = factor * dz - constant - slope * (_wide(x) - vectors.mean)
     if through is not None:
         dx = dx + _wide(through)
     return dx.astype(x.dtype), dz.astype(x.dtype) if with_residual else None
@@ -162,10 +161,7 @@ def _before_relu(
     x: jax.Array,
     dys: Sequence[jax.Array],
     positive: jax.Array | None,
-    mean: jax.Array,
-    variance: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    vectors: Vectors,
     epsilon: float,
     relu: bool,
 ) -> jax.Array:
@@ -173,7 +169,7 @@ def _before_relu(
     if not relu:
         return dz
     if positive is None:
-        y = normalize(x, mean, variance, scale, bias, epsilon=epsilon, relu=False)
+        y = normalize(x, vectors, epsilon=epsilon, relu=False)
         passes = y > 0
     else:
         passes = packing.from_bitmap(positive, math.prod(x.shape)).reshape(x.shape)

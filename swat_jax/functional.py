@@ -33,6 +33,7 @@ import numpy as np
 from jax import lax
 
 from swat_jax import kernels
+from swat_jax.batch_norm import Vectors
 from swat_jax.errors import UsageError
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import top_k
@@ -522,7 +523,7 @@ class _NormRule:
 class _NormResiduals(NamedTuple):
     x: jax.Array
     positive: jax.Array | None  # bitmap, where the sign cannot be found again from x
-    vectors: tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # mean, variance, scale, bias
+    vectors: Vectors
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -556,10 +557,10 @@ def _norm_forward(
             mean = everywhere
     else:
         mean, variance = statistics
-    vectors = (mean, variance, scale, bias)
+    vectors = Vectors(mean, variance, scale, bias)
     result = kernels.batch_norm_relu(
         x,
-        *vectors,
+        vectors,
         residual,
         epsilon=rule.epsilon,
         relu=rule.relu,
@@ -582,8 +583,8 @@ def _norm_backward(
 ) -> tuple[Any, ...]:
     residuals, dys, through = lax.optimization_barrier((residuals, output.y, output.x))
     x, positive, vectors = residuals
-    options = {"epsilon": rule.epsilon, "relu": rule.relu}
-    sums = kernels.batch_norm_gradient_sums(x, dys, positive, *vectors, **options)
+    options: dict[str, Any] = {"epsilon": rule.epsilon, "relu": rule.relu}
+    sums = kernels.batch_norm_gradient_sums(x, dys, positive, vectors, **options)
     count, totals = x.size // x.shape[-1], sums
     if rule.constant:
         totals = (jnp.zeros_like(sums[0]), jnp.zeros_like(sums[1]))
@@ -594,15 +595,16 @@ def _norm_backward(
         x,
         dys,
         positive,
-        *vectors,
-        sums=totals,
-        through=through,
+        vectors,
+        totals,
+        through,
         count=count,
         with_residual=rule.adds,
         **options,
     )
-    _, _, scale, bias = vectors
-    return dx, sums[1].astype(scale.dtype), sums[0].astype(bias.dtype), dresidual, None, None
+    dscale = sums[1].astype(vectors.scale.dtype)
+    dbias = sums[0].astype(vectors.bias.dtype)
+    return dx, dscale, dbias, dresidual, None, None
 
 
 _batch_norm_relu.defvjp(_norm_forward, _norm_backward)

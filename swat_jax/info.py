@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from swat_jax import kernels, native
+from swat_jax import kernels, native, self_test
 from swat_jax.errors import UsageError
 
 PACKAGES = ("swat-jax", "jax", "jaxlib", "flax")
@@ -50,7 +50,7 @@ def report() -> dict[str, Any]:
         },
         "backend": backend,
         "backend_reason": _why(library),
-        "self_tests": {name: _run(name) for name in kernels.SELF_TESTS},
+        "self_tests": {name: _run(name) for name in self_test.SELF_TESTS},
     }
 
 
@@ -119,7 +119,7 @@ def _why(library: native.Status) -> str:
 
 def _run(name: str) -> str:
     try:
-        return kernels.SELF_TESTS[name]()
+        return self_test.SELF_TESTS[name]()
     except Exception as error:  # whatever goes wrong, the other ops are tested too
         message = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {message}"

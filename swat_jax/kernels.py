@@ -25,6 +25,7 @@ import numpy as np
 from jax import lax
 
 from swat_jax import batch_norm, native
+from swat_jax.batch_norm import Vectors
 from swat_jax.errors import UsageError
 from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.packing import Packed
@@ -188,10 +189,7 @@ def batch_norm_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def batch_norm_relu(
     x: jax.Array,
-    mean: jax.Array,
-    variance: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
+    vectors: Vectors,
     residual: jax.Array | None = None,
     *,
     epsilon: float,
@@ -203,10 +201,7 @@ def batch_norm_relu(
 
     Args:
       x: (..., channels).
-      mean: float32 (channels,), as the next three.
-      variance: of every channel.
-      scale: factor.
-      bias: summand.
+      vectors: of the channels.
       residual: shape and type of ``x``, or None.
       epsilon: keeps the root away from 0.
       relu: whether negative values become 0.
@@ -215,22 +210,24 @@ def batch_norm_relu(
     """
 
     def twin(
-        x: jax.Array, vectors: Sequence[jax.Array], residual: jax.Array | None, arrays: Any
+        x: jax.Array, vectors: Vectors, residual: jax.Array | None, arrays: Any
     ) -> tuple[Any, ...]:
-        y = batch_norm.normalize(x, *vectors, residual, epsilon=epsilon, relu=relu)
+        y = batch_norm.normalize(x, vectors, residual, epsilon=epsilon, relu=relu)
         signs = batch_norm.positive(y) if keeps_signs else None
         if selection is None:
             return y, signs, None, None
         return y, signs, *_select(y, selection._replace(**arrays))
 
     def kernel(
-        x: jax.Array, vectors: Sequence[jax.Array], residual: jax.Array | None, arrays: Any
+        x: jax.Array, vectors: Vectors, residual: jax.Array | None, arrays: Any
     ) -> tuple[Any, ...]:
         rows = _rows(x)
         chosen = None if selection is None else selection._replace(**arrays)
         words = 0 if _is_fixed(rows.shape[1]) else -(-2 * rows.shape[1] // 64) * 64
         readers, mode, packed_results = 0, 0, [_words(0)] * 4
-        keep = is_refresh = stored = _absent(jnp.float32)
+        keep: Any = _absent(jnp.float32)
+        is_refresh: Any = keep
+        stored: Any = keep
         if chosen is not None:
             keep, readers = chosen.keep, chosen.keep.shape[0]
             words += _selection_words(x.size)
@@ -266,7 +263,7 @@ def batch_norm_relu(
     if selection is not None:
         names = ("keep", "is_refresh", "stored")
         arrays = {name: getattr(selection, name) for name in names}
-    operands = (x, (mean, variance, scale, bias), residual, arrays)
+    operands = (x, vectors, residual, arrays)
     if _has_kernel("batch_norm", x.dtype) and x.size:
         return Normalized(*_choose(kernel, twin, *operands))
     return Normalized(*twin(*operands))
@@ -276,18 +273,19 @@ def batch_norm_gradient_sums(
     x: jax.Array,
     dys: Sequence[jax.Array],
     positive: jax.Array | None,
-    *vectors: jax.Array,
+    vectors: Vectors,
+    *,
     epsilon: float,
     relu: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `swat_jax.batch_norm.gradient_sums`; ``vectors`` are mean, variance, scale and bias."""
+    """The gradients of bias and scale; see `swat_jax.batch_norm.gradient_sums`."""
     twin = functools.partial(batch_norm.gradient_sums, epsilon=epsilon, relu=relu)
     dys = _at_most_two(dys)
     if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
-        return twin(x, dys, positive, *vectors)
+        return twin(x, dys, positive, vectors)
 
     def kernel(
-        x: jax.Array, dys: Sequence[jax.Array], positive: jax.Array | None, *vectors: jax.Array
+        x: jax.Array, dys: Sequence[jax.Array], positive: jax.Array | None, vectors: Vectors
     ) -> tuple[jax.Array, jax.Array]:
         rows = _rows(x)
         vector = jax.ShapeDtypeStruct(rows.shape[1:], jnp.float32)
@@ -300,29 +298,30 @@ def batch_norm_gradient_sums(
         )
         return total, moment
 
-    return _choose(kernel, twin, x, dys, positive, *vectors)
+    return _choose(kernel, twin, x, dys, positive, vectors)
 
 
 def batch_norm_gradient(
     x: jax.Array,
     dys: Sequence[jax.Array],
     positive: jax.Array | None,
-    *vectors: jax.Array,
+    vectors: Vectors,
     sums: tuple[jax.Array, jax.Array],
     through: jax.Array | None = None,
+    *,
     epsilon: float,
     relu: bool,
     count: int,
     with_residual: bool,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """See `swat_jax.batch_norm.gradient`; ``vectors`` are mean, variance, scale and bias."""
+    """The gradients of input and residual; see `swat_jax.batch_norm.gradient`."""
     dys = _at_most_two(dys)
 
     def twin(
         x: jax.Array, dys: Any, positive: Any, vectors: Any, sums: Any, through: Any
     ) -> tuple[jax.Array, jax.Array | None]:
         return batch_norm.gradient(
-            *(x, dys, positive, *vectors, sums, through),
+            *(x, dys, positive, vectors, sums, through),
             epsilon=epsilon,
             relu=relu,
             count=count,
@@ -452,7 +451,7 @@ def _selection_words(size: int) -> int:
     return _CONTROL_WORDS + 2 * _BINS + 6 * -(-size // _SPAN)
 
 
-def _cut_words(shape: tuple[int, int]) -> int:
+def _cut_words(shape: tuple[int, ...]) -> int:
     rows, channels = shape
     chunks = min(_MOST_CHUNKS, -(-rows // _LEAST_ROWS))
     return -(-channels // 2) * 2 + 2 * channels * chunks
@@ -479,6 +478,3 @@ def _packed(parts: Sequence[jax.Array], shape: tuple[int, ...]) -> Packed:
 @functools.cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
-
-
-SELF_TESTS: dict[str, Callable[[], str]] = {}

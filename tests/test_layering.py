@@ -18,7 +18,7 @@ LEVELS = (
     {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data", "native"},
     {"batch_norm"},
     {"kernels", "config_file"},
-    {"functional"},
+    {"functional", "self_test"},
     {"layers", "linen"},
     {"models"},
     {"layer_table"},

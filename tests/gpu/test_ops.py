@@ -214,24 +214,24 @@ def test_batch_norm_passes(shape, dtype, relu, adds):
     given = norm_inputs(shape, dtype)
     x, residual = given["x"], given["residual"] if adds else None
     mean, variance = batch_norm.statistics(x)
-    vectors = (mean, variance, given["scale"], given["bias"])
+    vectors = batch_norm.Vectors(mean, variance, given["scale"], given["bias"])
     options = {"epsilon": 1e-5, "relu": relu}
     forward = functools.partial(kernels.batch_norm_relu, **options, keeps_signs=True)
-    found = jax.jit(forward)(x, *vectors, residual)
-    expected = batch_norm.normalize(x, *vectors, residual, **options)
+    found = jax.jit(forward)(x, vectors, residual)
+    expected = batch_norm.normalize(x, vectors, residual, **options)
     factor = given["scale"] / jnp.sqrt(variance + 1e-5)
     close(found.y, expected, dtype, [mean * factor])
     np.testing.assert_array_equal(found.positive, batch_norm.positive(found.y))
     positive = found.positive if adds and relu else None
     for dys in ([given["dy"]], [given["dy"], given["dy2"]]):
         sums = jax.jit(functools.partial(kernels.batch_norm_gradient_sums, **options))(
-            x, dys, positive, *vectors
+            x, dys, positive, vectors
         )
         # The sign of y is that of the kernel's own y: rounding may differ where y is almost 0.
         twin = functools.partial(batch_norm.gradient_sums, **options)
         signs = found.positive if relu else None
         wide = [given["dy"].astype(jnp.float32)] + [dy.astype(jnp.float32) for dy in dys[1:]]
-        exact = twin(x.astype(jnp.float32), wide, signs, *vectors)
+        exact = twin(x.astype(jnp.float32), wide, signs, vectors)
         rows = shape[0]
         for total, reference in zip(sums, exact, strict=True):
             np.testing.assert_allclose(
@@ -241,11 +241,11 @@ def test_batch_norm_passes(shape, dtype, relu, adds):
             more = {**options, "count": rows, "with_residual": adds, "through": through}
             dx, dresidual = jax.jit(
                 lambda x, dys, positive, vectors, sums, more=more: kernels.batch_norm_gradient(
-                    x, dys, positive, *vectors, sums=sums, **more
+                    x, dys, positive, vectors, sums=sums, **more
                 )
             )(x, dys, positive, vectors, exact)
             twin_dx, twin_dresidual = batch_norm.gradient(
-                x, dys, signs, *vectors, exact, **{**more, "with_residual": True}
+                x, dys, signs, vectors, exact, **{**more, "with_residual": True}
             )
             slope = factor * exact[1] / rows / jnp.sqrt(variance + 1e-5)
             terms = [slope * mean, factor * exact[0] / rows, factor * dys[0].astype(jnp.float32)]
@@ -263,7 +263,7 @@ def test_selection_within_batch_norm(shape, dtype, readers):
     given = norm_inputs(shape, dtype)
     x = given["x"]
     mean, variance = batch_norm.statistics(x)
-    vectors = (mean, variance, given["scale"], given["bias"])
+    vectors = batch_norm.Vectors(mean, variance, given["scale"], given["bias"])
     size = math.prod(shape)
     keeps = [max(1, size // 10), max(1, size // 5)][:readers]
     capacity = packing.capacity(max(keeps), size)
@@ -273,7 +273,7 @@ def test_selection_within_batch_norm(shape, dtype, readers):
         words = jnp.array([[0, keep] for keep in keeps], jnp.uint32)
         state = {"is_refresh": refresh, "stored": stored} if flagged else {}
         selection = kernels.Selection(words, capacity, fits, **state)
-        return kernels.batch_norm_relu(x, *vectors, epsilon=1e-5, relu=True, selection=selection)
+        return kernels.batch_norm_relu(x, vectors, epsilon=1e-5, relu=True, selection=selection)
 
     y = np.asarray(run(True, jnp.zeros(readers), True, False).y).ravel()
     exact = np.array([oracle.threshold(y, keep) for keep in keeps]).astype(np.float32)
@@ -300,7 +300,11 @@ def test_more_kept_than_there_is_room_for():
         selection = kernels.Selection(jnp.array([[0, 5000]], jnp.uint32), 1000, False)
         found = jax.jit(
             lambda x, selection=selection: kernels.batch_norm_relu(
-                x, zeros, ones, ones, zeros, epsilon=0.0, relu=True, selection=selection
+                x,
+                batch_norm.Vectors(zeros, ones, ones, zeros),
+                epsilon=0.0,
+                relu=True,
+                selection=selection,
             )
         )(x.astype(dtype))
         y = np.asarray(found.y).ravel()
@@ -315,12 +319,11 @@ def test_vmapped_batch_norm():
 
     def both(x):
         mean, variance = kernels.batch_norm_statistics(x)
+        vectors = batch_norm.Vectors(mean, variance, scale, bias)
         selection = kernels.Selection(jnp.array([[0, 700]], jnp.uint32), 800, True)
-        result = kernels.batch_norm_relu(
-            x, mean, variance, scale, bias, epsilon=1e-5, relu=True, selection=selection
-        )
+        result = kernels.batch_norm_relu(x, vectors, epsilon=1e-5, relu=True, selection=selection)
         sums = kernels.batch_norm_gradient_sums(
-            x, [result.y], None, mean, variance, scale, bias, epsilon=1e-5, relu=True
+            x, [result.y], None, vectors, epsilon=1e-5, relu=True
         )
         return mean, variance, result, sums
 
@@ -337,12 +340,12 @@ def test_twenty_runs_have_the_same_bits():
     @jax.jit
     def run(x, dy):
         mean, variance = kernels.batch_norm_statistics(x)
-        vectors = (mean, variance, given["scale"], given["bias"])
+        vectors = batch_norm.Vectors(mean, variance, given["scale"], given["bias"])
         selection = kernels.Selection(jnp.array([[0, 300_000]], jnp.uint32), 310_000, True)
-        result = kernels.batch_norm_relu(x, *vectors, epsilon=1e-5, relu=True, selection=selection)
-        sums = kernels.batch_norm_gradient_sums(x, [dy], None, *vectors, epsilon=1e-5, relu=True)
+        result = kernels.batch_norm_relu(x, vectors, epsilon=1e-5, relu=True, selection=selection)
+        sums = kernels.batch_norm_gradient_sums(x, [dy], None, vectors, epsilon=1e-5, relu=True)
         dx, _ = kernels.batch_norm_gradient(
-            x, [dy], None, *vectors, sums=sums, epsilon=1e-5, relu=True, count=shape[0],
+            x, [dy], None, vectors, sums=sums, epsilon=1e-5, relu=True, count=shape[0],
             with_residual=False,
         )  # fmt: skip
         return mean, variance, result, sums, dx, kernels.unpack(result.packed)

@@ -1,0 +1,106 @@
+"""Every op of `swat_jax.kernels` against its jnp twin, in a few seconds, on the default device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from swat_jax import batch_norm, kernels
+from swat_jax.sparsity import packing, top_k
+
+_SHAPE = (1234, 96)  # neither a multiple of a tile nor a power of two
+_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+# Of what batch norm returns, relative to its largest value: a few roundings.
+_BOUNDS = {jnp.bfloat16: 2**-7, jnp.float16: 2**-9, jnp.float32: 2e-6}
+_KEEP = 12_345
+
+
+def _inputs(dtype: Any) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, _SHAPE).astype(dtype) for key in keys]
+
+
+def _differs(what: str, found: Any, expected: Any, bound: float = 0.0) -> str:
+    """What differs, or nothing."""
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        one, other = one.astype(jnp.float32), other.astype(jnp.float32)
+        error = float(jnp.max(jnp.abs(one - other), initial=0))
+        if not error <= bound * max(1.0, float(jnp.max(jnp.abs(other), initial=0))):
+            return f"{what} differs from its definition by {error:g}"
+    return ""
+
+
+def _for_each_type(test: Callable[[Any], str]) -> Callable[[], str]:
+    def run() -> str:
+        for dtype in _DTYPES:
+            if found := test(dtype):
+                return f"{jnp.dtype(dtype).name}: {found}"
+        return ""
+
+    return run
+
+
+def _threshold(dtype: Any) -> str:
+    x = _inputs(dtype)[0]
+    found = jax.jit(kernels.threshold)(x, jnp.uint32(_KEEP))
+    return _differs("threshold", found, top_k.threshold(x, _KEEP))
+
+
+def _pack(dtype: Any) -> str:
+    x = _inputs(dtype)[0]
+    limit = top_k.threshold(x, _KEEP)
+    for capacity in (_KEEP + 500, _KEEP - 500):
+        found = jax.jit(lambda x, t, c=capacity: kernels.pack(x, t, c))(x, limit)
+        if message := _differs("pack", found, packing.pack(x, limit, capacity)):
+            return message
+    return ""
+
+
+def _unpack(dtype: Any) -> str:
+    x = _inputs(dtype)[0]
+    packed = packing.pack(x, top_k.threshold(x, _KEEP), _KEEP)
+    return _differs("unpack", jax.jit(kernels.unpack)(packed), packing.unpack(packed))
+
+
+def _batch_norm(dtype: Any) -> str:
+    x, residual, dy = _inputs(dtype)
+    scale, bias = jnp.linspace(0.5, 2, _SHAPE[1]), jnp.linspace(-1, 1, _SHAPE[1])
+    options: dict[str, Any] = {"epsilon": 1e-5, "relu": True}
+    bound = _BOUNDS[dtype]
+    mean, variance = jax.jit(kernels.batch_norm_statistics)(x)
+    if found := _differs("statistics", (mean, variance), batch_norm.statistics(x), 1e-5):
+        return found
+    vectors = batch_norm.Vectors(mean, variance, scale, bias)
+    keep = jnp.asarray([[0, _KEEP]], jnp.uint32)
+    selection = kernels.Selection(keep, packing.capacity(_KEEP, x.size), fits=True)
+    result = jax.jit(
+        lambda x, residual: kernels.batch_norm_relu(
+            x, vectors, residual, keeps_signs=True, selection=selection, **options
+        )
+    )(x, residual)
+    expected = batch_norm.normalize(x, vectors, residual, **options)
+    if found := _differs("normalize", result.y, expected, bound):
+        return found
+    limit = top_k.threshold(result.y, _KEEP)
+    packed = packing.pack(result.y, limit, selection.capacity)
+    if found := _differs("selection", (result.packed, result.thresholds), (packed, limit[None])):
+        return found
+    arguments = (x, [dy], result.positive, vectors)
+    sums = jax.jit(lambda *a: kernels.batch_norm_gradient_sums(*a, **options))(*arguments)
+    expected = batch_norm.gradient_sums(*arguments, **options)
+    if found := _differs("gradient sums", sums, expected, 1e-5):
+        return found
+    more: dict[str, Any] = {**options, "sums": sums, "count": _SHAPE[0], "with_residual": True}
+    gradients = jax.jit(lambda *a: kernels.batch_norm_gradient(*a, **more))(*arguments)
+    return _differs("gradient", gradients, batch_norm.gradient(*arguments, **more), bound)
+
+
+SELF_TESTS: dict[str, Callable[[], str]] = {
+    "threshold": _for_each_type(_threshold),
+    "pack": _for_each_type(_pack),
+    "unpack": _for_each_type(_unpack),
+    "batch_norm": _for_each_type(_batch_norm),
+}
