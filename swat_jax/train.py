@@ -35,6 +35,9 @@ from swat_jax.step import Trainer, TrainState
 # How many of a run's last rates its images per second are the median of.
 _MOST_RATES = 1000
 
+# What of a state does not fit another number of devices.
+_OF_DEVICES = ("activation_thresholds",)
+
 # Makes XLA choose the same deterministic GPU algorithms in every process.
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 
@@ -86,7 +89,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
             )
         )
         state = make_state()
-        restored = checkpointer.restore(state, refresh=("activation_thresholds",))
+        restored = checkpointer.restore(state, refresh=_OF_DEVICES)
         if restored is not None:
             state = _resumed(trainer, restored)
             report = dataclasses.replace(report, **restored.position["report"])
@@ -159,9 +162,9 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                 since = time.monotonic()
 
         if best:
-            chosen = checkpointer.restore(state, best=True)
+            chosen = checkpointer.restore(state, best=True, refresh=_OF_DEVICES)
             if chosen is not None:
-                state = chosen.state
+                state = _resumed(trainer, chosen)
                 progress.message(f"final scores are of step {chosen.step}, best on the holdout")
         result = _final(trainer, dataset, state, feed, report)
 

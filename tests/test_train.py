@@ -98,3 +98,19 @@ def test_other_devices_go_on_with_new_thresholds(tmp_path, fake_devices):
     assert {v.shape for v in first.values()} == {(1,)}
     assert {v.shape for v in second.values()} == {(4,)}
     assert all(np.all(v > 0) for v in second.values())
+
+
+def test_the_best_checkpoint_may_be_of_other_devices(tmp_path, fake_devices):
+    """It is found after all training: a checkpoint that did not fit would leave no score at all."""
+    options = STREAM | {"data__holdout": 0.2, "checkpoint__select": "best_holdout"}
+    options |= {"sparsity__threshold_every_steps": 5, "checkpoint__every_steps": 0}
+    train.train_and_evaluate(digits(max_steps=8, devices=4, **options), tmp_path)
+    scores = tmp_path / "checkpoints" / "8" / "scores.json"
+    saved = json.loads(scores.read_text())
+    saved["metrics"]["holdout_accuracy"] = 1.1  # no later one can be better
+    scores.write_text(json.dumps(saved))
+    result = train.train_and_evaluate(digits(max_steps=10, devices=2, **options), tmp_path)
+    assert result["steps"] == 8
+    assert result["pruned_test_accuracy"] == saved["metrics"]["test_accuracy"]
+    thresholds = {k: v for k, v in final_arrays(tmp_path).items() if "activation_threshold'" in k}
+    assert {v.shape for v in thresholds.values()} == {(2,)}, "of the newest checkpoint"
