@@ -31,6 +31,10 @@ from swat_jax.sparsity import thresholds
 
 AXIS = "data"
 
+# What a step's randomness is for. Each has a key of its own: the network derives the keys of its
+# dropout layers from one by their number, augmentation splits the other.
+_FOR_NETWORK, _FOR_AUGMENTATION = 0, 1
+
 # A training state is a dict of trees, so that a checkpoint is one too:
 #   the collections of `network.STATEFUL`,
 #   "optimizer": the state of the optax transformation,
@@ -215,7 +219,7 @@ class Trainer:
 
         def local(state: TrainState, images: jax.Array, labels: jax.Array) -> dict[str, jax.Array]:
             del labels
-            key = self._step_key(state)
+            key = self._step_key(state, _FOR_NETWORK)
             # Age 1: thresholds that are state are used as they are.
             model = self.sparse.model(state, key=key, age=jnp.where(state["stale"], 0, 1))
             model.train()
@@ -282,10 +286,11 @@ class Trainer:
     def _state_specs(self) -> dict[str, Any]:
         return {name: sharding.spec for name, sharding in self.state_sharding().items()}
 
-    def _step_key(self, state: TrainState) -> jax.Array:
+    def _step_key(self, state: TrainState, purpose: int) -> jax.Array:
         """What this device's randomness in this step comes from."""
         key = jax.random.fold_in(jax.random.wrap_key_data(state["key"]), state["step"])
-        return jax.random.fold_in(key, lax.axis_index(AXIS))
+        key = jax.random.fold_in(key, lax.axis_index(AXIS))
+        return jax.random.fold_in(key, purpose)
 
     def _logits(self, model: Any, images: jax.Array) -> jax.Array:
         dtype = build.PRECISIONS[self.config.precision]
@@ -299,7 +304,7 @@ class Trainer:
         position = state["step"] % self.steps_per_epoch
         start = position * self.config.batch_size + lax.axis_index(AXIS) * batch
         rows = lax.dynamic_slice_in_dim(order, start, batch)
-        key = jax.random.fold_in(self._step_key(state), 1)
+        key = self._step_key(state, _FOR_AUGMENTATION)
         chosen = on_device.augment(key, images[rows], self.config.data.augmentation)
         return self._local_step(state, chosen, labels[rows])
 
@@ -307,7 +312,7 @@ class Trainer:
         self, state: TrainState, images: jax.Array, labels: jax.Array
     ) -> tuple[TrainState, Metrics]:
         config = self.config
-        key = self._step_key(state)
+        key = self._step_key(state, _FOR_NETWORK)
         due = thresholds.is_refresh_step(
             state["step"] % self.steps_per_epoch,
             state["step"] // self.steps_per_epoch,

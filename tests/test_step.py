@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from swat_jax import data, network, optimizer, pruning, step
 from swat_jax.errors import UsageError
@@ -188,6 +189,35 @@ def test_measured_sparsity_is_that_of_the_masks():
         weights, activations = found[layer.path]
         assert weights == pytest.approx(np.mean(kernel == 0), abs=1e-6)
         assert activations >= (0 if layer.weight_sparsity == 0 else 0.899)
+
+
+def test_augmentation_shares_no_key_with_dropout(monkeypatch):
+    """Not with any of the layers either, whose keys the network derives from its own by number."""
+    trainer, make_state = trainer_of()
+    keys = {}
+    model = network.Network.model
+
+    def spy_model(self, collections, *, key=None, age=0):
+        keys["network"] = key
+        return model(self, collections, key=key, age=age)
+
+    def spy_augment(key, images, kind):
+        keys["augmentation"] = key
+        return images
+
+    monkeypatch.setattr(network.Network, "model", spy_model)
+    monkeypatch.setattr(step.on_device, "augment", spy_augment)
+    images, labels = map(jnp.asarray, batch())
+
+    def local(state):
+        trainer._resident_step(images, labels, jnp.arange(BATCH), state)
+        return [jax.random.key_data(keys[name]) for name in ("network", "augmentation")]
+
+    found = jax.jit(trainer._on_mesh(local, (), P()))(make_state())
+    base, augmentation = (jax.random.wrap_key_data(data) for data in found)
+    derived = jax.vmap(lambda n: jax.random.fold_in(base, n))(jnp.arange(1000))
+    used = jnp.concatenate([jax.random.key_data(base)[None], jax.random.key_data(derived)])
+    assert not np.any(np.all(used == jax.random.key_data(augmentation), axis=1))
 
 
 def test_devices_are_checked():
