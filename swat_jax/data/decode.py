@@ -5,6 +5,7 @@ Resampling is bilinear. Where an image is to shrink to half or less, the JPEG de
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cv2
@@ -37,6 +38,7 @@ _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_TAIL = 1 << 16
 # Markers that start a frame and hold its size (C4, C8 and CC mean other things).
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SCAN_MARKER = 0xDA  # the coded pixels follow
 
 
 class Window(NamedTuple):
@@ -62,24 +64,40 @@ def jpeg_header(data: bytes) -> Jpeg | None:
     Args:
       data: the file.
     """
-    if data[:2] != _JPEG_START:
-        return None
-    position = 2
-    while position + 10 <= len(data):
-        if data[position] != 0xFF:
-            return None
-        marker = data[position + 1]
-        if marker == 0xFF:  # fill byte
-            position += 1
-        elif marker in _FRAME_MARKERS:
+    for marker, position in _segments(data):
+        if marker in _FRAME_MARKERS and position + 10 <= len(data):
             height = int.from_bytes(data[position + 5 : position + 7], "big")
             width = int.from_bytes(data[position + 7 : position + 9], "big")
             return Jpeg(height, width, data[position + 9]) if height and width else None
+    return None
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and place of each header of a JPEG, as far as one follows the other."""
+    position = 2
+    while data[:2] == _JPEG_START and position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # fill byte
+            position += 1
         elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # no payload
             position += 2
         else:
+            yield marker, position
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-    return None
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a JPEG lacks its end. A preview image in its headers has an end too: not that one."""
+    begin = end = 2
+    for marker, begin in _segments(data):
+        end = begin + 2 + int.from_bytes(data[begin + 2 : begin + 4], "big")
+        if marker == _SCAN_MARKER:
+            break
+    else:
+        if end > 2 and end + 2 > len(data):
+            return True  # within the headers
+        begin = 2  # they are not in order: the decoder may find its way all the same
+    return data.rfind(_JPEG_END, max(begin, len(data) - _JPEG_TAIL)) < 0
 
 
 def decode(data: bytes, channels: int, name: str, reduction: int = 1) -> NDArray[np.uint8]:
@@ -95,9 +113,10 @@ def decode(data: bytes, channels: int, name: str, reduction: int = 1) -> NDArray
       uint8 (H, W, channels), blue first (`_finish` swaps).
 
     Raises:
-      UsageError: not an image, or a damaged or truncated one.
+      UsageError: not an image, a truncated one, or one whose damage the decoder notices (wrong
+        pixels in the middle of a JPEG are none that it does).
     """
-    if data[:2] == _JPEG_START and data.rfind(_JPEG_END, max(0, len(data) - _JPEG_TAIL)) < 0:
+    if data[:2] == _JPEG_START and _is_cut(data):
         raise UsageError(f"{name}: the JPEG is truncated ({len(data)} bytes); replace the file")
     flags = _REDUCED[reduction][channels == 3] | cv2.IMREAD_IGNORE_ORIENTATION
     try:

@@ -122,6 +122,28 @@ def test_header_of_something_else(data):
     assert decode.jpeg_header(data) is None
 
 
+def with_preview(jpeg):
+    """Adds a whole small JPEG to the headers, as cameras do: it brings an end marker."""
+    segment = b"Exif\0\0" + encode(smooth_image(6, 8))
+    return jpeg[:2] + b"\xff\xe1" + (len(segment) + 2).to_bytes(2, "big") + segment + jpeg[2:]
+
+
+WITH_PREVIEW = with_preview(encode(smooth_image(50, 50)))
+PIXELS = WITH_PREVIEW.rfind(b"\xff\xda")
+
+
+def test_the_end_of_a_preview_is_not_that_of_the_image(monkeypatch):
+    """Whatever OpenCV says: before version 5 it returns an image without its lower rows."""
+    assert decode.decode(WITH_PREVIEW, 3, "x").shape == (50, 50, 3)
+    monkeypatch.setattr(decode.cv2, "imdecode", lambda *_: np.zeros((50, 50, 3), np.uint8))
+    for length in (PIXELS - 30, PIXELS, PIXELS + 5, PIXELS + 300, len(WITH_PREVIEW) - 2):
+        assert b"\xff\xd9" in WITH_PREVIEW[:length]
+        with pytest.raises(UsageError, match=rf"^x: the JPEG is truncated \({length} bytes\)"):
+            decode.decode(WITH_PREVIEW[:length], 3, "x")
+    for data in (WITH_PREVIEW, WITH_PREVIEW + b"\0" * 50_000):
+        assert decode.decode(data, 3, "x").shape == (50, 50, 3)
+
+
 BAD_IMAGES = {
     "empty": b"",
     "text": b"not an image at all",
