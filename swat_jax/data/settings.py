@@ -12,9 +12,6 @@ from swat_jax.errors import UsageError
 SOURCES = ("digits", "tfds", "folder", "npz", "synthetic")
 RANDOM_RESIZED_CROP = "random_resized_crop"
 
-# Where a source brings no test set of its own, this part of it becomes one.
-DEFAULT_TEST_FRACTION = 0.2
-
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
@@ -125,11 +122,7 @@ def read(config: Any, process_index: int = 0, process_count: int = 1) -> Setting
         on_device=bool(data.on_device),
         workers=_integer("config.data.workers", data.workers, 0),
         holdout=_fraction("config.data.holdout", data.holdout, zero=True),
-        test_fraction=_fraction(
-            "config.data.test_fraction",
-            getattr(data, "test_fraction", DEFAULT_TEST_FRACTION),
-            zero=False,
-        ),
+        test_fraction=_fraction("config.data.test_fraction", data.test_fraction, zero=False),
         seed=_integer("config.seed", config.seed, 0),
         batch_size=_shared("config.batch_size", config.batch_size, process_count),
         eval_batch_size=_shared("config.eval.batch_size", config.eval.batch_size, process_count),
