@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -630,10 +631,14 @@ def _padding(padding: Padding, axes: int) -> str | tuple[tuple[int, int], ...]:
 
 
 def _per_axis(value: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:
-    axes = (value,) * count if isinstance(value, int) else tuple(value)
-    if len(axes) != count or any(v < 1 for v in axes):
+    axes = value if isinstance(value, Sequence | np.ndarray) else (value,) * count
+    try:
+        whole = tuple(operator.index(axis) for axis in axes)
+    except TypeError:
+        whole = ()
+    if len(whole) != count or min(whole, default=1) < 1:
         raise UsageError(
             f"{name} must be one whole number >= 1 or {count} of them (one per spatial axis), "
-            f"got {value}"
+            f"got {value!r}"
         )
-    return axes
+    return whole

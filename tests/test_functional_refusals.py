@@ -57,6 +57,10 @@ def test_linear_refuses(change, pattern):
         ({"granularity": "block"}, r"granularity.*unstructured.*channel.*filter.*block"),
         ({"strides": (1, 1, 1)}, "strides"),
         ({"strides": 0}, "strides"),
+        ({"strides": None}, r"strides must be one whole number >= 1 or 2.*None"),
+        ({"strides": 1.5}, r"strides.*1\.5"),
+        ({"strides": (1, 2.0)}, r"strides.*2\.0"),
+        ({"strides": "same"}, "strides.*'same'"),
         ({"kernel_dilation": (1,)}, "kernel_dilation"),
         ({"input_dilation": (0, 1)}, "input_dilation"),
         ({"feature_group_count": 3}, "feature_group_count"),
@@ -135,3 +139,9 @@ def test_refusals_come_while_tracing():
         ),
         "weight_sparsity",
     )
+
+
+@pytest.mark.parametrize("strides", [np.int64(2), np.array([2, 2]), [2, np.int32(2)]])
+def test_whole_numbers_of_numpy_are_strides(strides):
+    found = swat_conv(X, KERNEL, strides=strides, **FINE)
+    assert np.array_equal(found, swat_conv(X, KERNEL, strides=2, **FINE))
