@@ -6,6 +6,7 @@ modules of its own folder as long as they make no circle.
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -93,9 +94,31 @@ def test_imports_go_down(module):
             )
 
 
+def test_the_list_in_the_readme_goes_down():
+    text = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| to change | look at |") : text.index("Imports go down that list")]
+    units = re.findall(r"`swat_jax/(\w+)", table)
+    assert len(units) >= 9
+    heights = [HEIGHT[unit] for unit in units]
+    assert heights == sorted(heights, reverse=True), units
+
+
 def test_no_circles():
     graph = {module: own_imports(module) - {module} for module in INNER}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(INNER)
+
+
+def test_networks_are_built_without_the_command_line():
+    """What takes a network from Python needs neither flags nor the recipes of the paper."""
+    reached, waiting = set(), ["swat_jax.build"]
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting += own_imports(module) - reached
+    assert "swat_jax.layers" in reached
+    assert not reached & {"swat_jax.config_file", "swat_jax.recipe", "swat_jax.flops"}
+    imported = set().union(*map(imports_of, reached))
+    assert not {name for name in imported if name.split(".")[0] in ("absl", "ml_collections")}
 
 
 @pytest.mark.parametrize("module", SOURCES)
