@@ -77,11 +77,10 @@ def test_thresholds_are_recomputed_when_they_are_due():
             before = limits(state)
             state, _ = trainer.train_step(state, *inputs)
             seen.append(limits(state) != before)
-    positions = [(trainer.steps_per_epoch - 2 + i) % trainer.steps_per_epoch for i in range(4)]
-    due = [position % 3 == 0 for position in positions]
-    assert False in due[:2]
-    assert False in due[2:]
-    assert seen == [True, True, *due[2:], *due]
+    # 44 steps of 32 to an epoch: the last two are its steps 42 and 43.
+    assert trainer.steps_per_epoch == 44
+    still_exact = [True, True]
+    assert seen == [*still_exact, True, False, True, False, True, False]
 
 
 def limits(state):
