@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from swat_jax import flops, kernels, models
+from swat_jax import kernels, layer_table, models
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.models import LayerTypes
@@ -44,8 +44,10 @@ def build(
         return _create(config, num_classes, image_shape, LayerTypes(), rngs)
     conv = functools.partial(SwatConv, granularity=config.sparsity.granularity)
     model = _create(config, num_classes, image_shape, LayerTypes(conv, SwatLinear), rngs)
-    table = flops.network_table(config.model.name, num_classes=num_classes, image_shape=image_shape)
-    wanted = flops.sparsities(table, config.sparsity)
+    table = layer_table.network_table(
+        config.model.name, num_classes=num_classes, image_shape=image_shape
+    )
+    wanted = layer_table.sparsities(table, config.sparsity)
     for path, layer in sparse_layers(model):
         layer.set_sparsity(
             weight_sparsity=wanted.weight[path],

@@ -25,8 +25,7 @@ from absl import flags
 
 from swat_jax import config_file, method
 from swat_jax.errors import UsageError
-from swat_jax.layer_table import Layer, layer_table, network_table
-from swat_jax.sparsity import distribution
+from swat_jax.layer_table import Layer, Sparsities, layer_table, network_table, sparsities
 
 # Known without opening the data. Anything else is counted with ten classes: the classifier is a
 # vanishing part of the MACs.
@@ -53,45 +52,6 @@ MOMENTUM_NOTE = (
     "the budgets of momentum change while training; these figures are for the start:"
     " uniform, with the first layer sparse"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Sparsities:
-    """Sparsity of each layer, by path.
-
-    Attributes:
-      weight: fraction of zeros in the weights.
-      activation: fraction of zeros in the input that is kept for the backward pass.
-    """
-
-    weight: Mapping[str, float]
-    activation: Mapping[str, float]
-
-
-def sparsities(layers: Sequence[Layer], sparsity: Any) -> Sparsities:
-    """Spreads the sparsity of a config over the layers.
-
-    Under "momentum" it is that of the first step: uniform with the first layer sparse.
-
-    Args:
-      layers: the layer table.
-      sparsity: `config.sparsity`.
-
-    Raises:
-      UsageError: a sparsity outside [0, 1).
-    """
-    shapes = {layer.path: layer.kernel_shape for layer in layers}
-
-    def spread(amount: float) -> dict[str, float]:
-        if sparsity.distribution == "dense":
-            return dict.fromkeys(shapes, 0.0)
-        if sparsity.distribution == "erk":
-            return distribution.erdos_renyi_kernel(shapes, amount)
-        first = layers[0].path
-        dense = (first,) if sparsity.first_layer_dense else ()
-        return distribution.uniform(shapes, amount, dense=dense)
-
-    return Sparsities(spread(sparsity.weight), spread(sparsity.activation))
 
 
 def training_flop_reduction(

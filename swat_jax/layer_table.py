@@ -1,8 +1,8 @@
-"""The conv and linear layers of a network, in execution order, with shapes and MACs."""
+"""The conv and linear layers of a network in execution order: shapes, MACs, planned sparsity."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swat_jax import models
+from swat_jax.sparsity import distribution
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,3 +122,42 @@ def network_table(name: str, *, num_classes: int, image_shape: tuple[int, int, i
         )
     )
     return layer_table(model, image_shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparsities:
+    """Sparsity of each layer, by path.
+
+    Attributes:
+      weight: fraction of zeros in the weights.
+      activation: fraction of zeros in the input that is kept for the backward pass.
+    """
+
+    weight: Mapping[str, float]
+    activation: Mapping[str, float]
+
+
+def sparsities(layers: Sequence[Layer], sparsity: Any) -> Sparsities:
+    """Spreads the sparsity of a config over the layers.
+
+    Under "momentum" it is that of the first step: uniform with the first layer sparse.
+
+    Args:
+      layers: the layer table.
+      sparsity: `config.sparsity`.
+
+    Raises:
+      UsageError: a sparsity outside [0, 1).
+    """
+    shapes = {layer.path: layer.kernel_shape for layer in layers}
+
+    def spread(amount: float) -> dict[str, float]:
+        if sparsity.distribution == "dense":
+            return dict.fromkeys(shapes, 0.0)
+        if sparsity.distribution == "erk":
+            return distribution.erdos_renyi_kernel(shapes, amount)
+        first = layers[0].path
+        dense = (first,) if sparsity.first_layer_dense else ()
+        return distribution.uniform(shapes, amount, dense=dense)
+
+    return Sparsities(spread(sparsity.weight), spread(sparsity.activation))
