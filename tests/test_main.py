@@ -7,7 +7,7 @@ import pytest
 from swat_jax import main
 
 RUN = (
-    *("main", "--config=configs/digits.py:u90", "--config.epochs=1", "--config.devices=1"),
+    *("main", "--config=configs/digits.py:u90", "--config.max_steps=22", "--config.devices=1"),
     "--config.eval.batch_size=180",
 )
 
