@@ -155,14 +155,13 @@ class Progress:
     Args:
       total_steps: optimizer steps in the whole run.
       start_step: steps that were done before (a resumed run).
-      batch_size: images in one step, for the images per second.
       steps_per_epoch: where given, the epoch is shown too.
       stream: where to write; None means standard error.
       interval: seconds between plain lines.
 
     Example:
-      >>> with Progress(1000, start_step=0, batch_size=64) as progress:
-      ...     progress.update(10, loss=1.5, accuracy=0.4)
+      >>> with Progress(1000, start_step=0) as progress:
+      ...     progress.update(10, loss=1.5, accuracy=0.4, rate=4000.0)
       ...     progress.message("saved a checkpoint")  # doctest: +SKIP
     """
 
@@ -171,19 +170,16 @@ class Progress:
         total_steps: int,
         start_step: int = 0,
         *,
-        batch_size: int,
         steps_per_epoch: int | None = None,
         stream: TextIO | None = None,
         interval: float = 10.0,
     ) -> None:
         self._total = total_steps
-        self._batch_size = batch_size
         self._steps_per_epoch = steps_per_epoch
         self._interval = interval
         self._console = Console(file=stream, stderr=stream is None, highlight=False)
-        # (time, step): the rate is that of the last few updates, so compilation soon leaves it.
+        # (time, step) of the last few updates, so compilation soon leaves the time that is left.
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
-        self._start_step = start_step
         self._said = -math.inf
         self._bar: Bar | None = None
         if self._console.is_terminal:
@@ -208,25 +204,19 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
-    @property
-    def images_per_second(self) -> float | None:
-        """Over the last updates; None before there were two."""
-        if len(self._recent) < 2:
-            return None
-        (start, first), (end, last) = self._recent[0], self._recent[-1]
-        return self._batch_size * (last - first) / max(end - start, 1e-9)
-
-    def update(self, step: int, *, loss: float, accuracy: float) -> None:
+    def update(self, step: int, *, loss: float, accuracy: float, rate: float) -> None:
         """Shows the state after `step` optimizer steps.
 
         Args:
           step: steps done in the whole run.
           loss: of the last steps.
           accuracy: of the last steps, as a fraction.
+          rate: images per second of the last steps, without what was no training. The first one
+            is not shown: it compiles.
         """
         now = time.monotonic()
         self._recent.append((now, step))
-        text = self._describe(step, loss, accuracy)
+        text = self._describe(step, loss, accuracy, rate)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text, refresh=True)
         elif now - self._said >= self._interval or step >= self._total:
@@ -241,7 +231,7 @@ class Progress:
         # A narrow or unknown width must not break a line in two: whoever reads a log greps lines.
         self._console.print(text, soft_wrap=True, markup=False)
 
-    def _describe(self, step: int, loss: float, accuracy: float) -> str:
+    def _describe(self, step: int, loss: float, accuracy: float, rate: float) -> str:
         narrow = self._bar is not None  # the bar has to fit beside the text in 80 columns
         parts = []
         if self._steps_per_epoch:
@@ -250,9 +240,10 @@ class Progress:
         if not (narrow and parts):
             parts.append(f"step {step}/{self._total}")
         parts += [f"loss {loss:.4f}", f"{'acc' if narrow else 'accuracy'} {accuracy:.1%}"]
-        rate = self.images_per_second
-        if rate:
-            left = (self._total - step) * self._batch_size / rate
+        (start, first), (end, last) = self._recent[0], self._recent[-1]
+        if last > first:
+            # Of all that was done meanwhile: evaluations and checkpoints are still to come too.
+            left = (self._total - step) * (end - start) / (last - first)
             unit = "img/s" if narrow else "images/s"
             parts += [f"{format_rate(rate)} {unit}", f"{format_seconds(left)} left"]
         return "  ".join(parts)

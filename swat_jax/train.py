@@ -4,7 +4,8 @@ The config is checked, and compared with that of the workdir, before anything is
 or written. Then resuming goes in this order: the data are opened, the networks are built, the
 newest complete checkpoint replaces the initial state, metrics beyond it are dropped, and the data
 go on at its epoch and step. All randomness is a function of seed and step, so a resumed run
-computes what an uninterrupted one would have.
+computes what an uninterrupted one would have. Other data than those of the checkpoint are refused as
+far as their numbers and shapes show it.
 
 An epoch is saved before it is scored: whatever goes wrong with the test set costs no training, and
 the run that goes on from there begins with the scores that are missing.
@@ -27,7 +28,7 @@ import jax
 import numpy as np
 
 from swat_jax import checkpoint, data, flops, method, metrics, pruning, step
-from swat_jax.data import Dataset, Split
+from swat_jax.data import Dataset, Info, Split
 from swat_jax.errors import RunError, UsageError
 from swat_jax.feed import Feed, Resident, Stream, total_steps
 from swat_jax.step import Trainer, TrainState
@@ -91,6 +92,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
         state = make_state()
         restored = checkpointer.restore(state, refresh=_OF_DEVICES)
         if restored is not None:
+            _check_same_data(restored.position, dataset.info, checkpointer.directory)
             state = _resumed(trainer, restored)
             report = dataclasses.replace(report, **restored.position["report"])
         done = 0 if restored is None else restored.step
@@ -108,7 +110,6 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
             metrics.Progress(
                 total,
                 done,
-                batch_size=config.batch_size,
                 steps_per_epoch=trainer.steps_per_epoch,
                 stream=silence,
             )
@@ -126,7 +127,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                 if writer is not None:
                     writer.write(done, scores, kind="eval")
                 report.seconds = before + time.monotonic()
-                checkpointer.score(done, _position(trainer, done, report), scores)
+                checkpointer.score(done, _position(trainer, report), scores)
                 since = time.monotonic()  # the rate is that of training alone
             if done >= total:
                 break
@@ -139,6 +140,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                 done == total
                 or _is_multiple(done, config.checkpoint.every_steps)
                 or (rest == 0 and _is_multiple(epoch, config.checkpoint.every_epochs))
+                or (best and _is_score_due(trainer, done))  # the best may be any that has a score
             )
             if epoch_end or save_now or done - logged >= config.log.every_steps:
                 means = _means(pending)  # waits for the steps
@@ -149,7 +151,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                     what = f"the loss is {means['loss']} at step {done}"
                     raise RunError(_not_finite(what, checkpointer))
                 report.final_loss = means["loss"]
-                progress.update(done, loss=means["loss"], accuracy=means["accuracy"])
+                progress.update(done, loss=means["loss"], accuracy=means["accuracy"], rate=rate)
                 if writer is not None:
                     writer.write(done, means)
             if (epoch_end or save_now) and not trainer.is_finite(state):
@@ -158,7 +160,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                 raise RunError(_not_finite(what, checkpointer))
             if save_now:
                 report.seconds = before + time.monotonic()
-                checkpointer.save(done, state, _position(trainer, done, report))
+                checkpointer.save(done, state, _position(trainer, report))
                 since = time.monotonic()
 
         if best:
@@ -210,9 +212,31 @@ class _Report:
     measurements: int = 0
 
 
-def _position(trainer: Trainer, done: int, report: _Report) -> dict[str, Any]:
-    epoch, rest = divmod(done, trainer.steps_per_epoch)
-    return {"epoch": epoch, "step_in_epoch": rest, "report": dataclasses.asdict(report)}
+def _position(trainer: Trainer, report: _Report) -> dict[str, Any]:
+    """What a checkpoint holds besides arrays. The place in the data is a function of its step."""
+    return {"data": _facts(trainer.info), "report": dataclasses.asdict(report)}
+
+
+def _facts(info: Info) -> dict[str, Any]:
+    """What the steps of a run depend on; the path to the data may change."""
+    return {
+        "training images": info.num_train,
+        "images held out": info.num_holdout,
+        "image shape": list(info.image_shape),
+        "classes": info.num_classes,
+    }
+
+
+def _check_same_data(position: dict[str, Any], info: Info, where: Path) -> None:
+    """Refuses to go on with other data than those of the checkpoint."""
+    saved, facts = position.get("data", {}), _facts(info)
+    differences = [name for name in saved if saved[name] != facts[name]]
+    if differences:
+        found = "; ".join(f"{x}: {facts[x]}, were {saved[x]}" for x in differences)
+        raise UsageError(
+            f"config.data: not the data of the checkpoints in {where}: {found}; give the same "
+            "data, or use another --workdir"
+        )
 
 
 def _is_score_due(trainer: Trainer, done: int) -> bool:
@@ -373,6 +397,13 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        # The config is the first file that a run writes, and every checkpoint holds it too.
+        left = [name for name in ("metrics.jsonl", "result.json") if (workdir / name).exists()]
+        if left and not checkpoint.complete_steps(workdir / "checkpoints"):
+            raise UsageError(
+                f"--workdir: {workdir} holds {' and '.join(left)}, but neither config.json nor a "
+                "checkpoint to go on from; use another --workdir, or move what is there away"
+            ) from None
         return
     except OSError as error:
         raise UsageError(f"--workdir: cannot read {file}: {error.strerror}") from error
