@@ -69,6 +69,15 @@ class Restored:
     refreshed: tuple[str, ...] = ()
 
 
+def complete_steps(directory: Path) -> list[int]:
+    """The steps of all complete checkpoints in a folder, rising; none where there is no folder."""
+    try:
+        names = [path.name for path in directory.iterdir() if path.is_dir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
 class Checkpointer:
     """The checkpoints of one run.
 
@@ -121,11 +130,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The steps of all complete checkpoints, rising."""
-        try:
-            names = [path.name for path in self.directory.iterdir() if path.is_dir()]
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        return sorted(int(name) for name in names if name.isdecimal())
+        return complete_steps(self.directory)
 
     def save(
         self,

@@ -82,7 +82,7 @@ def base() -> ConfigDict:
     config.checkpoint.every_epochs = 1
     config.checkpoint.every_steps = 0  # 0: at epochs only
     config.checkpoint.keep = 1
-    config.checkpoint.select = "last"
+    config.checkpoint.select = "last"  # "best_holdout" also saves every epoch that is evaluated
 
     config.eval = ConfigDict()
     config.eval.every_epochs = 1

@@ -4,8 +4,8 @@ The config is checked, and compared with that of the workdir, before anything is
 or written. Then resuming goes in this order: the data are opened, the networks are built, the
 newest complete checkpoint replaces the initial state, metrics beyond it are dropped, and the data
 go on at its epoch and step. All randomness is a function of seed and step, so a resumed run
-computes what an uninterrupted one would have. Other data than those of the checkpoint are refused as
-far as their numbers and shapes show it.
+computes what an uninterrupted one would have. Other data than those of the checkpoint are
+refused as far as their numbers and shapes show it.
 
 An epoch is saved before it is scored: whatever goes wrong with the test set costs no training, and
 the run that goes on from there begins with the scores that are missing.
@@ -394,12 +394,13 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     if not os.access(present, os.W_OK | os.X_OK):
         raise UsageError(f"--workdir {workdir} cannot be written: no permission in {present}")
     file = workdir / "config.json"
+    is_saved = bool(checkpoint.complete_steps(workdir / "checkpoints"))
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         # The config is the first file that a run writes, and every checkpoint holds it too.
         left = [name for name in ("metrics.jsonl", "result.json") if (workdir / name).exists()]
-        if left and not checkpoint.complete_steps(workdir / "checkpoints"):
+        if left and not is_saved:
             raise UsageError(
                 f"--workdir: {workdir} holds {' and '.join(left)}, but neither config.json nor a "
                 "checkpoint to go on from; use another --workdir, or move what is there away"
@@ -410,9 +411,9 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     except ValueError:
         saved = None
     if not isinstance(saved, dict):
+        remedy = ", or delete that file: the checkpoints hold the config too" if is_saved else ""
         raise UsageError(
-            f"--workdir: {file} is not the config of a run; use another --workdir, or delete that "
-            "file: checkpoints hold the config too"
+            f"--workdir: {file} is not the config of a run; use another --workdir{remedy}"
         )
     checkpoint.check_same_run(saved, config, where=f"--workdir {workdir}")
 

@@ -4,6 +4,7 @@ Each ends in one line that names what is wrong, what was given and what to do; e
 where the run itself had to stop; and what was on the disk before is still there, byte for byte.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -281,7 +282,7 @@ def started(tmp_path_factory):
     with checkpoint.Checkpointer(folder, keep=2, config=config.to_dict()) as checkpoints:
         for number in (0, 1):
             state["step"] = state["step"] + number
-            position = {"epoch": 0, "step_in_epoch": number, "report": {}}
+            position = {"data": {"training images": 1437, "classes": 10}, "report": {}}
             checkpoints.save(number, state, position)
     return workdir
 
@@ -313,7 +314,30 @@ def test_checkpoint_of_another_run(run, refusal):
 @pytest.mark.parametrize("text", ["", '{"seed": 0', "[1]", "\0\xff"])
 def test_broken_config_json(text, run, refusal):
     (run / "config.json").write_text(text, encoding="latin-1")
-    refusal(*SAME, f"--workdir={run}", says=[f"{run}/config.json", "another --workdir"])
+    remedy = "another --workdir, or delete that file: the checkpoints hold the config too\n"
+    refusal(*SAME, f"--workdir={run}", says=[f"{run}/config.json", remedy])
+
+
+def test_a_config_json_that_no_checkpoint_repeats_is_not_to_be_deleted(run, refusal):
+    (run / "config.json").write_text("")
+    shutil.rmtree(run / "checkpoints")
+    refusal(*SAME, f"--workdir={run}", says=[f"{run}/config.json", "use another --workdir\n"])
+
+
+def test_other_data_than_those_of_the_checkpoint(run, refusal):
+    """The path to the data may change, and with it what is there."""
+    scores = {"position": {"data": {"training images": 999, "classes": 10}}, "metrics": {}}
+    (run / "checkpoints" / "1" / "scores.json").write_text(json.dumps(scores))
+    says = ["config.data", f"{run}/checkpoints", "training images: 1437, were 999", "--workdir"]
+    refusal(*SAME, f"--workdir={run}", says=says)
+
+
+def test_what_is_left_of_a_run_is_not_overwritten(run, refusal):
+    """Without its config and its checkpoints nobody can go on from it."""
+    (run / "config.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    says = [f"--workdir: {run} holds metrics.jsonl,", "use another --workdir"]
+    refusal(*SAME, f"--workdir={run}", says=says)
 
 
 @pytest.mark.parametrize("below", ["", "/deep/run"])
