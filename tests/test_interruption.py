@@ -78,6 +78,17 @@ def test_what_goes_wrong_in_scoring_an_epoch_costs_no_training(tmp_path, monkeyp
     }
 
 
+def test_whatever_may_be_the_best_is_saved(tmp_path):
+    """Scores of an epoch that was not saved would choose nothing."""
+    options = {"epochs": 3, "data__holdout": 0.2, "checkpoint__select": "best_holdout"}
+    options |= {"batch_size": 256, "log__every_steps": 3, "checkpoint__keep": 9}
+    options |= {"eval__every_epochs": 2, "checkpoint__every_epochs": 3}
+    train.train_and_evaluate(digits("erk90", **options), tmp_path)
+    scored = [line["step"] for line in lines(tmp_path) if line["kind"] == "eval"]
+    assert scored == [8, 12]
+    assert {int(path.name) for path in (tmp_path / "checkpoints").iterdir()} == {8, 12}
+
+
 def failing(function, starts, done):
     def fails_at(*arguments, **options):
         if len(starts) >= done:
