@@ -86,15 +86,35 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
-// A limit that a magnitude is compared with. Thresholds travel as float32, which holds those of the
-// narrower formats exactly, and one of its own that lies between two of theirs.
+// The smallest magnitude of T that reaches a magnitude of float32. No NaN is below kNan's.
+template <typename T>
+__device__ __forceinline__ uint32_t least_magnitude(uint32_t wide);
+template <>
+__device__ __forceinline__ uint32_t least_magnitude<float>(uint32_t wide) {
+  return wide;
+}
+template <>
+__device__ __forceinline__ uint32_t least_magnitude<__nv_bfloat16>(uint32_t wide) {
+  return (wide + 0xffff) >> 16;
+}
+template <>
+__device__ __forceinline__ uint32_t least_magnitude<__half>(uint32_t wide) {
+  return wide >= Format<float>::kNan
+             ? Format<__half>::kNan
+             : __half_as_ushort(__float2half_ru(__uint_as_float(wide))) & 0x7fff;
+}
+
+// A limit that magnitudes are compared with. Thresholds travel as float32, which holds those of the
+// narrower formats exactly, and others that lie between two of theirs.
 template <typename T>
 struct Limit {
-  uint32_t wide;  // magnitude in float32
-  __device__ explicit Limit(float threshold) : wide(magnitude(threshold)) {}
+  uint32_t wide;   // magnitude in float32
+  uint32_t least;  // magnitude in T, at least 1: zeros are never kept
+  __device__ explicit Limit(float threshold)
+      : wide(magnitude(threshold)), least(max(least_magnitude<T>(wide), 1u)) {}
   __device__ bool keeps(T value) const {
-    const uint32_t found = magnitude(to_float(value));
-    return found != 0 && found >= wide;
+    constexpr uint32_t kUnsigned = (1u << (8 * sizeof(T) - 1)) - 1;
+    return (Format<T>::bits(value) & kUnsigned) >= least;
   }
   __device__ bool equals(T value) const { return magnitude(to_float(value)) == wide; }
 };

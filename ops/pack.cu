@@ -50,6 +50,7 @@ __global__ void __launch_bounds__(kThreads)
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   T* stage = reinterpret_cast<T*>(dynamic) + warp * kTile;
   const Limit<T> limit(*least);
+  const bool filters = limit.wide != 0;
   const int64_t tiles = tiles_of(n);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
@@ -92,12 +93,18 @@ __global__ void __launch_bounds__(kThreads)
       Octet<T> octet;
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
-        T value = from_float<T>(0.f);
-        if (flags[k] >> j & 1) {
-          const T found = stage[at++];
-          if (limit.keeps(found)) value = found;
+        // What is read without its flag is not used: a load costs less than a branch. The index
+        // stays below kTile, since not all flags are set then.
+        const uint32_t flag = flags[k] >> j & 1;
+        const T found = stage[at];
+        at += flag;
+        octet.v[j] = flag != 0 ? found : from_float<T>(0.f);
+      }
+      if (filters) {
+#pragma unroll
+        for (int j = 0; j < kOctet; ++j) {
+          if (!limit.keeps(octet.v[j])) octet.v[j] = from_float<T>(0.f);
         }
-        octet.v[j] = value;
       }
       store(octet, to, tile * kTile + (k * 32 + lane) * kOctet, n, wide);
     }

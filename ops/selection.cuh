@@ -741,10 +741,7 @@ __device__ uint64_t pack_spans(const T* from, bool wide, int64_t n, Limit<T> lim
   return all;
 }
 
-#ifndef SWAT_PACK_BLOCKS
-#define SWAT_PACK_BLOCKS 3
-#endif
-constexpr int kPackBlocks = SWAT_PACK_BLOCKS;
+constexpr int kPackBlocks = 3;  // of a multiprocessor; two are as fast
 
 template <typename T>
 constexpr size_t pack_bytes() {
