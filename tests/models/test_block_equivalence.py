@@ -12,22 +12,45 @@ from flax import nnx
 
 from swat_jax import network
 from swat_jax.layers import SwatConv, SwatLinear
-from swat_jax.models import LayerTypes
+from swat_jax.models import LayerTypes, registry, vgg
 from swat_jax.models.densenet import DenseNet
 from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.models.resnet import Bottleneck, ResNet
+from swat_jax.models.vgg import VGG
+from swat_jax.models.wide_resnet import WideResNet
 
 FACTS = {"num_classes": 5, "in_channels": 3}
 NETWORKS = {
     "densenet": lambda make: DenseNet((2, 1), 4, make=make, **FACTS),
+    "vgg": lambda make: VGG((2, 1, 1), dropout_rate=0.0, make=make, **FACTS),
+    "wide_resnet": lambda make: WideResNet(10, 1, dropout_rate=0.0, make=make, **FACTS),
+    "bottleneck": lambda make: ResNet(
+        Bottleneck, (2, 1), widths=(4, 8), stem="3x3", make=make, **FACTS
+    ),
     # Identity and projected shortcuts, a stride, the wide 3x3 and the stem with its max pooling.
     "imagenet_wide": lambda make: ResNet(
         Bottleneck, (2, 1), widths=(4, 8), widen=2, stem="7x7", make=make, **FACTS
     ),
 }
+# Every family of the registry is one of these modules; its basic blocks are resnet8's, which is
+# small enough to be compared whole.
+COMPARED = {DenseNet, VGG, WideResNet, ResNet}
 # Only what XLA fuses around the products may differ: the rounding of float32 sums, by 1e-5 of the
 # largest gradient.
 BOUND = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def narrow_vgg(monkeypatch):
+    """VGG's widths are constants of its module, and its hidden layers hold 18 million weights."""
+    monkeypatch.setattr(vgg, "WIDTHS", (4, 8, 8))
+    monkeypatch.setattr(vgg, "HIDDEN", 16)
+
+
+def test_every_family_is_compared():
+    assert {network.module for network in registry._NETWORKS.values()} == COMPARED
+    built = [build(LayerFactory(LayerTypes(), rngs=nnx.Rngs(0))) for build in NETWORKS.values()]
+    assert {type(model) for model in built} == COMPARED
 
 
 def loss_and_gradients(build, layers):

@@ -14,8 +14,8 @@ from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.models import LayerTypes
 
 # Images and bound. The products are the same calls, but XLA may fuse around them in another way,
-# which changes how sums are rounded: 1e-5 of the largest value for a few layers. The blocks of the
-# other families are compared in `test_block_equivalence.py`.
+# which changes how sums are rounded: 1e-5 of the largest value for a few layers. The modules of the
+# other families are compared, a few channels wide, in `test_block_equivalence.py`.
 NETWORKS = {"resnet8": ((4, 8, 8, 1), 1e-5)}
 
 
