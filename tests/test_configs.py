@@ -57,20 +57,47 @@ def test_commands_of_the_list_name_their_config():
     assert len(set(workdirs)) == len(ROWS)
 
 
+# What the letters of a method's name stand for: distribution, granularity, first conv dense.
+KINDS = {
+    "dense": ("dense", "unstructured", True),
+    "u": ("uniform", "unstructured", True),
+    "erk": ("erk", "unstructured", False),
+    "m": ("momentum", "unstructured", False),
+    "channel": ("uniform", "channel", True),
+    "filter": ("uniform", "filter", True),
+}
+
+
 @pytest.mark.parametrize("file", FILES)
-def test_every_row_can_be_built(file):
-    """Network and sparsities of each method; the network is the same for all of a file."""
+def test_every_row_is_what_its_name_says(file):
+    """In its config and in every layer; the network is the same for all of a file.
+
+    That all rows can be built is in test_build.py.
+    """
     methods = [row["method"] for row in ROWS if row["config"] == file]
-    config = config_file.load(f"{file}:{methods[0]}")
-    layers = flops.config_table(config)
+    assert len(methods) >= 4
+    table = {layer.path: layer for layer in flops.config_table(config_file.load(file))}
+    layers = list(table.values())
     for method in methods:
-        config = config_file.load(f"{file}:{method}")
-        found = flops.sparsities(layers, config.sparsity)
-        reduction = flops.training_flop_reduction(layers, found.weight, found.activation)
-        sparsity = 100 * config.sparsity.weight
-        assert (reduction > 0.5 * sparsity) if method != "dense" else reduction == 0
-        assert flops.mean_weight_sparsity(layers, found.weight) == pytest.approx(sparsity, abs=0.2)
-        assert all(0 <= value < 1 for value in found.weight.values())
+        sparsity = config_file.load(f"{file}:{method}").sparsity
+        kind = method.rstrip("0123456789")
+        share = int(method.removeprefix(kind) or 0) / 100
+        given = (sparsity.distribution, sparsity.granularity, sparsity.first_layer_dense)
+        assert given == KINDS[kind], method
+        assert (sparsity.weight, sparsity.activation) == (share, share), method
+        found = flops.sparsities(layers, sparsity)
+        first, *others = layers
+        if kind == "erk":
+            kept = sum((1 - found.weight[layer.path]) * layer.weights for layer in layers)
+            total = sum(layer.weights for layer in layers)
+            assert kept / total == pytest.approx(1 - share), method
+            largest = max(layers, key=lambda layer: layer.weights)
+            assert found.weight[first.path] < share < found.weight[largest.path], method
+        else:
+            expected = {layer.path: share for layer in others}
+            expected[first.path] = 0.0 if sparsity.first_layer_dense else share
+            assert found.weight == expected, method
+            assert found.activation == expected, method
 
 
 @pytest.mark.parametrize("file", FILES)
