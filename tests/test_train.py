@@ -39,6 +39,8 @@ def test_learns_and_leaves_its_files(finished):
     assert json.loads((workdir / "result.json").read_text()).keys() == result.keys()
     assert json.loads((workdir / "config.json").read_text())["max_steps"] == 66
     assert list((workdir / "tensorboard").iterdir())
+    scores = json.loads((workdir / "checkpoints" / "66" / "scores.json").read_text())
+    assert scores["position"]["data"]["training images"] == 1437  # by which a resume knows them
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if x["kind"] == "eval"] == [22, 44, 66]
     assert lines[-1]["test_accuracy"] == result["pruned_test_accuracy"]
