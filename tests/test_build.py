@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from swat_jax import build, config_file, flops, listing, step
+from swat_jax import build, config_file, flops, layer_table, listing, models, step
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
+from swat_jax.models import LayerTypes
 from tests.models.networks import OneKey
 from tests.runs import ROOT, digits
 
@@ -80,7 +81,8 @@ def test_momentum_needs_single_weights_and_one_budget():
 
 
 ROWS = listing.rows(ROOT / "configs")
-# The amount of sparsity changes numbers in the program, not its shape; one row stands for all.
+# The amount of sparsity changes numbers in the program, not its shape: of the steps, one row stands
+# for all. That each amount can be had is tested below for every row.
 SHAPES = {
     (row["network"], row["method"].rstrip("0123456789")): (row["config"], row["method"])
     for row in ROWS
@@ -155,6 +157,49 @@ def test_a_training_step_traces(key):
         lambda x: (x.shape, x.dtype), state
     )
     assert metrics["loss"].shape == ()
+
+
+@functools.cache
+def table(network, classes, image_shape):
+    return layer_table.network_table(network, num_classes=classes, image_shape=image_shape)
+
+
+@functools.cache
+def bare(network, classes, channels, is_dense, granularity):
+    """A network of sparse layers that have no sparsity yet."""
+    conv = functools.partial(SwatConv, granularity=granularity)
+    layers = LayerTypes() if is_dense else LayerTypes(conv, SwatLinear)
+    return nnx.eval_shape(
+        lambda: models.create(
+            network, num_classes=classes, in_channels=channels, layers=layers, rngs=nnx.Rngs(0)
+        )
+    )
+
+
+@pytest.mark.parametrize("network", sorted({row["network"] for row in ROWS}))
+def test_every_amount_on_every_data_set_is_set(network, monkeypatch):
+    """All rows, with the network itself made once for several of them."""
+    for listed in (row for row in ROWS if row["network"] == network):
+        config = config_file.load(f"{ROOT / listed['config']}:{listed['method']}")
+        classes = flops.NUM_CLASSES[listed["dataset"]]
+        size, channels = config.data.image_size, len(config.data.mean)
+        found = table(network, classes, (size, size, channels))
+        kind = (config.sparsity.distribution == "dense", config.sparsity.granularity)
+        model = nnx.clone(bare(network, classes, channels, *kind))
+        monkeypatch.setattr(build.layer_table, "network_table", lambda *_, found=found, **__: found)
+        monkeypatch.setattr(build, "_create", lambda *_, model=model: model)
+        facts = {"num_classes": classes, "image_shape": (size, size, channels)}
+        layers = dict(build.sparse_layers(build.build(config, **facts, rngs=nnx.Rngs(0))))
+        assert set(layers) == (set() if kind[0] else {layer.path for layer in found})
+        # Percent of all weights; the first conv, where it is dense, is a small part of them.
+        zeros = sum(layers[x.path].weight_sparsity * x.weights for x in found if layers)
+        total = sum(layer.weights for layer in found)
+        assert zeros / total == pytest.approx(config.sparsity.weight, abs=2e-3), listed
+        assert all(0 <= layer.activation_sparsity < 1 for layer in layers.values())
+        period = config.sparsity.threshold_every_steps
+        assert {layer.threshold_every_steps for layer in layers.values()} <= {period}
+        if listed["method"].startswith("m"):
+            assert all(layer.weight_budget is not None for layer in layers.values())
 
 
 def test_every_row_is_covered():
