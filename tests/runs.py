@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,32 @@ def finish(workdir, method, *flags, env=None):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    return json.loads((workdir / "result.json").read_text())
+
+
+def finish_as_two_processes(workdir, method, *flags, env=None):
+    """The same by two processes with a device each, started as Slurm would and joined by gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    common = {
+        **(env or {}),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "SLURM_JOB_ID": "1",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+        "XLA_FLAGS": re.sub(r"(device_count)=\d+", r"\1=1", os.environ["XLA_FLAGS"]),
+    }
+    numbers = [{"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(2)]
+    processes = [
+        spawn(workdir, method, "--distributed", *flags, env=common | own) for own in numbers
+    ]
+    try:
+        assert [process.wait() for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     return json.loads((workdir / "result.json").read_text())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import time
 
@@ -16,6 +17,7 @@ from tests.runs import (
     digits,
     final_arrays,
     finish,
+    finish_as_two_processes,
     newest_step,
     spawn,
 )
@@ -25,13 +27,20 @@ RUNS = {"stream": ("u90", STREAM), "momentum": ("m90", OFTEN_SAVED | {"devices":
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-@pytest.mark.parametrize(("method", "changes"), RUNS.values(), ids=RUNS)
-def test_killed_again_and_again_it_ends_with_the_same_bits(method, changes, tmp_path):
+@pytest.fixture(scope="module", params=RUNS)
+def run(request, tmp_path_factory):
+    """Flags, and the workdir and result of the run that never was killed."""
+    method, changes = RUNS[request.param]
     options = {"devices": 1, **changes}
-    changes = {key.replace("__", "."): value for key, value in options.items()}
-    flags = [method, *(f"--config.{key}={value}" for key, value in changes.items())]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    expected = train.train_and_evaluate(digits(method, **options), whole)
+    flags = [f"--config.{key.replace('__', '.')}={value}" for key, value in options.items()]
+    whole = tmp_path_factory.mktemp(request.param)
+    result = train.train_and_evaluate(digits(method, **options, checkpoint__keep=9), whole)
+    return [method, *flags], whole, result
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(run, tmp_path):
+    flags, whole, expected = run
+    broken = tmp_path
     assert expected["steps"] == 22
     assert expected["final_loss"] < 1.8, "it does not learn"
     assert expected["weight_sparsity"] == pytest.approx(0.9, abs=2e-3)
@@ -55,10 +64,31 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(method, changes, tmp_
     assert not (broken / "result.json").exists(), f"nothing was left to do: {kills}"
     result = finish(broken, *flags, env=CACHE_ALL)
 
-    assert_same_bits(final_arrays(broken), final_arrays(whole))
-    for key in ("pruned_test_accuracy", "test_accuracy", "final_loss", "weight_sparsity"):
-        assert result[key] == expected[key]
-    assert lines(broken) == lines(whole)
+    assert_same_run(broken, result, whole, expected)
+
+
+@pytest.mark.parametrize("run", ["momentum"], indirect=True)
+def test_two_processes_go_on_with_a_run_and_end_with_its_bits(run, tmp_path):
+    """One device each in place of two in one process, joined by gloo.
+
+    The mean of two numbers is the same whoever adds them up; with more devices the order differs.
+    """
+    flags, whole, expected = run
+    steps = [path.name for path in (whole / "checkpoints").iterdir()]
+    later = shutil.ignore_patterns("result.json", *(step for step in steps if int(step) > 16))
+    shutil.copytree(whole, tmp_path / "pair", ignore=later)
+    result = finish_as_two_processes(tmp_path / "pair", *flags, env=CACHE_ALL)
+    assert [path.name for path in (tmp_path / "pair" / "checkpoints").iterdir()] == ["22"]
+    assert_same_run(tmp_path / "pair", result, whole, expected)
+
+
+def assert_same_run(ours, result, theirs, expected):
+    """The same bits in the last checkpoint; the same metrics and result, but for what is timed."""
+    assert_same_bits(final_arrays(ours), final_arrays(theirs))
+    assert lines(ours) == lines(theirs)
+    assert result.keys() == expected.keys()
+    for key in result.keys() - {"seconds", "images_per_second"}:
+        assert result[key] == expected[key], key
 
 
 def half_saved(workdir):
