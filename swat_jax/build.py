@@ -13,6 +13,7 @@ from swat_jax import kernels, layer_table, models
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.models import LayerTypes
+from swat_jax.norm_relu import BatchNormRelu, NormRelu
 from swat_jax.sparsity import distribution, granularity, thresholds, top_k
 
 PRECISIONS = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -41,9 +42,19 @@ def build(
     """
     check(config)
     if config.sparsity.distribution == "dense":
-        return _create(config, num_classes, image_shape, LayerTypes(), rngs)
-    conv = functools.partial(SwatConv, granularity=config.sparsity.granularity)
-    model = _create(config, num_classes, image_shape, LayerTypes(conv, SwatLinear), rngs)
+        norm_relu = BatchNormRelu if config.model.fused_batch_norm else NormRelu
+        return _create(config, num_classes, image_shape, LayerTypes(norm_relu=norm_relu), rngs)
+    pack, fused = config.sparsity.pack, config.model.fused_batch_norm
+    if pack is None:
+        pack = kernels.packs()
+    if fused is None:
+        fused = pack or kernels.packs()
+    layers = LayerTypes(
+        functools.partial(SwatConv, granularity=config.sparsity.granularity, pack=pack),
+        functools.partial(SwatLinear, pack=pack),
+        BatchNormRelu if fused else NormRelu,
+    )
+    model = _create(config, num_classes, image_shape, layers, rngs)
     table = layer_table.network_table(
         config.model.name, num_classes=num_classes, image_shape=image_shape
     )

@@ -14,7 +14,9 @@ whose number of weights is not fixed (SWAT-M) holds it as a `WeightBudget`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -23,11 +25,17 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 
 from swat_jax import kernels
+from swat_jax.activations import Activation
 from swat_jax.errors import UsageError
 from swat_jax.functional import swat_conv, swat_linear
 from swat_jax.sparsity import granularity as granularities
-from swat_jax.sparsity import thresholds, top_k
+from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.top_k import Count
+
+# Inputs that are less sparse than this are not packed: it would save no memory.
+LEAST_PACKED_SPARSITY = 0.15
+# A budget that is state may grow; this is how far before fewer values are kept than it asks for.
+_DYNAMIC_ROOM = 2
 
 
 class Threshold(nnx.Variable):
@@ -68,8 +76,10 @@ class _SwatLayer(nnx.Module):
         weight_sparsity: float,
         activation_sparsity: float | None,
         threshold_every_steps: int,
+        pack: bool | None,
     ) -> None:
         self.granularity = granularities.check(granularity)
+        self.pack = kernels.packs() if pack is None else pack
         self.deterministic = False
         self.measure = False
         self.set_sparsity(
@@ -138,44 +148,88 @@ class _SwatLayer(nnx.Module):
             return top_k.scale_count(self.weight_budget[...], self._units, size)
         return top_k.keep_count(self.activation_sparsity, size)
 
-    def _selection(self, x: jax.Array, kernel: jax.Array) -> dict[str, Any]:
-        """The arguments that say to `functional` what is kept, after a refresh if one is due."""
+    @property
+    def packs(self) -> bool:
+        """Whether the saved input is packed in the present mode."""
+        sparse = self.activation_sparsity >= LEAST_PACKED_SPARSITY
+        return self.pack and sparse and not self.deterministic
+
+    def activation_capacity(self, size: int) -> int:
+        """Room for packed values of an input of ``size``.
+
+        With a dynamic budget it is fixed all the same, at twice the count of the initial sparsity.
+        """
+        keep = top_k.keep_count(self.activation_sparsity, size)
+        if self.weight_budget is not None:
+            keep = min(_DYNAMIC_ROOM * keep, math.ceil((1 - LEAST_PACKED_SPARSITY) * size))
+        return packing.capacity(keep, size)
+
+    def _selection(self, given: Activation, x: jax.Array, kernel: jax.Array) -> dict[str, Any]:
+        """The arguments that say to `functional` what is kept, after a refresh if one is due.
+
+        Args:
+          given: the input as it came.
+          x: the input as the product takes it.
+          kernel: the weights.
+        """
         weight_keep = self.weight_keep()
         if self.deterministic:
             return {"weight_keep": weight_keep, "activation_sparsity": 0.0}
         activation_keep = self.activation_keep(x.size)
         selection: dict[str, Any] = {}
 
-        def weight_threshold() -> jax.Array:
-            return kernels.threshold(granularities.score(kernel, self.granularity), weight_keep)
-
-        def activation_threshold() -> jax.Array:
-            return kernels.threshold(x, activation_keep)
-
+        scores = granularities.score(kernel, self.granularity)
         if self.weight_threshold is None:
             selection["weight_keep"] = weight_keep
         else:
-            selection["weight_threshold"] = self._refresh(self.weight_threshold, weight_threshold)
-        if self.activation_threshold is None:
-            selection["activation_keep"] = activation_keep
+            weight_limit = self._refresh(self.weight_threshold, scores, weight_keep)
+            selection["weight_threshold"] = weight_limit
+        if given.packed is not None:
+            # Who packed it has refreshed the threshold.
+            selection["packed"] = given.packed
+            if given.filters:
+                selection["activation_threshold"] = given.threshold
         else:
-            selection["activation_threshold"] = self._refresh(
-                self.activation_threshold, activation_threshold
-            )
+            if self.activation_threshold is None:
+                selection["activation_keep"] = activation_keep
+            else:
+                selection["activation_threshold"] = self._refresh(
+                    self.activation_threshold, x, activation_keep
+                )
+            if self.packs:
+                selection["capacity"] = self.activation_capacity(x.size)
         if self.threshold_age is not None:
             self.threshold_age[...] = (self.threshold_age[...] + 1) % self.threshold_every_steps
         if self.measure:
-            weight_limit = selection.get("weight_threshold", weight_threshold())
+            weight_limit = selection.get("weight_threshold")
+            if weight_limit is None:
+                weight_limit = kernels.threshold(scores, weight_keep)
+            limit = given.threshold
+            if limit is None:
+                limit = selection.get("activation_threshold")
+            if limit is None:
+                limit = kernels.threshold(x, activation_keep)
             masked = granularities.masked_weights(kernel, self.granularity, weight_limit)
-            kept = top_k.mask(x, selection.get("activation_threshold", activation_threshold()))
-            zeros = jnp.stack([jnp.mean(masked == 0), 1 - jnp.mean(kept)])
+            zeros = jnp.stack([jnp.mean(masked == 0), 1 - jnp.mean(top_k.mask(x, limit))])
             self.measured_sparsity = nnx.data(MeasuredSparsity(zeros))
         return selection
 
-    def _refresh(self, stored: Threshold, compute: Callable[[], jax.Array]) -> jax.Array:
+    def _refresh(self, stored: Threshold, x: jax.Array, keep: Count) -> jax.Array:
         assert self.threshold_age is not None
-        stored[...] = thresholds.refresh(self.threshold_age[...] == 0, stored[...], compute)
+        is_refresh = self.threshold_age[...] == 0
+        stored[...] = kernels.refreshed_threshold(is_refresh, x, keep, stored[...])
         return stored[...]
+
+
+class _Bound:
+    """A layer whose product knows in which form the layer's input came."""
+
+    def __init__(self, layer: Any, product: str, given: Activation) -> None:
+        self._layer = layer
+        setattr(self, product, functools.partial(getattr(layer, product), given=given))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
 
 
 class SwatConv(nnx.Conv, _SwatLayer):
@@ -188,6 +242,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
       activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``; None: the weights'.
       granularity: ``unstructured``, ``channel`` or ``filter``.
       threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
+      pack: whether the saved input is packed; None: where `kernels.packs()` says so.
 
     Raises:
       UsageError: if one of them is out of range.
@@ -209,6 +264,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
         activation_sparsity: float | None = None,
         granularity: str = "unstructured",
         threshold_every_steps: int = 1,
+        pack: bool | None = None,
         **kwargs: Any,
     ) -> None:
         # An own function that promotes types is obeyed; the stock one would round the kernel
@@ -218,7 +274,13 @@ class SwatConv(nnx.Conv, _SwatLayer):
         super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
         # What is left is the method below, which the stock layer then calls.
         del self.conv_general_dilated
-        self._start(granularity, weight_sparsity, activation_sparsity, threshold_every_steps)
+        self._start(granularity, weight_sparsity, activation_sparsity, threshold_every_steps, pack)
+
+    def __call__(self, inputs: jax.Array | Activation, out_sharding: Any = None) -> jax.Array:
+        """The output for an input that may come with its packed form."""
+        given = inputs if isinstance(inputs, Activation) else Activation(inputs)
+        bound: Any = _Bound(self, "conv_general_dilated", given)
+        return nnx.Conv.__call__(bound, given.x, out_sharding)
 
     def conv_general_dilated(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,
@@ -234,6 +296,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
         precision: Any = None,
         preferred_element_type: Any = None,
         out_sharding: Any = None,
+        given: Activation | None = None,
     ) -> jax.Array:
         """The product that `flax.nnx.Conv` calls; always channels last."""
         del dimension_numbers
@@ -249,7 +312,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
             granularity=self.granularity,
             precision=precision,
             preferred_element_type=preferred_element_type,
-            **self._selection(lhs, rhs),
+            **self._selection(given or Activation(lhs), lhs, rhs),
         )
 
 
@@ -275,13 +338,21 @@ class SwatLinear(nnx.Linear, _SwatLayer):
         weight_sparsity: float = 0.0,
         activation_sparsity: float | None = None,
         threshold_every_steps: int = 1,
+        pack: bool | None = None,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("promote_dtype", keep_kernel_dtype)
         refuse_own_product(kwargs, "dot_general")
         super().__init__(in_features, out_features, **kwargs)
         del self.dot_general
-        self._start("unstructured", weight_sparsity, activation_sparsity, threshold_every_steps)
+        sparsities = (weight_sparsity, activation_sparsity)
+        self._start("unstructured", *sparsities, threshold_every_steps, pack)
+
+    def __call__(self, inputs: jax.Array | Activation, out_sharding: Any = None) -> jax.Array:
+        """The output for an input that may come with its packed form."""
+        given = inputs if isinstance(inputs, Activation) else Activation(inputs)
+        bound: Any = _Bound(self, "dot_general", given)
+        return nnx.Linear.__call__(bound, given.x, out_sharding)
 
     def dot_general(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,
@@ -291,6 +362,7 @@ class SwatLinear(nnx.Linear, _SwatLayer):
         precision: Any = None,
         preferred_element_type: Any = None,
         out_sharding: Any = None,
+        given: Activation | None = None,
     ) -> jax.Array:
         """The product that `flax.nnx.Linear` calls; always over the last axis of the input."""
         del dimension_numbers
@@ -300,7 +372,7 @@ class SwatLinear(nnx.Linear, _SwatLayer):
             rhs,
             precision=precision,
             preferred_element_type=preferred_element_type,
-            **self._selection(lhs, rhs),
+            **self._selection(given or Activation(lhs), lhs, rhs),
         )
 
 

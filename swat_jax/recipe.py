@@ -42,6 +42,8 @@ def base() -> ConfigDict:
     config.model = ConfigDict()
     config.model.name = config_dict.required_placeholder(str)
     config.model.dropout_rate = config_dict.placeholder(float)  # None: the network's own
+    # Batch norm and ReLU in one op. None: for sparse methods where it has kernels, or packs.
+    config.model.fused_batch_norm = config_dict.placeholder(bool)
 
     config.data = ConfigDict()
     config.data.source = config_dict.required_placeholder(str)
@@ -65,6 +67,8 @@ def base() -> ConfigDict:
     config.sparsity.first_layer_dense = True
     config.sparsity.threshold_every_steps = 1  # 1: exact thresholds at every step
     config.sparsity.exact_epochs = 0
+    # Keep saved activations in packed form. None: where there are kernels for it.
+    config.sparsity.pack = config_dict.placeholder(bool)
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.1

@@ -17,10 +17,11 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 LEVELS = (
     {"errors"},
     {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data", "native"},
-    {"batch_norm"},
+    {"batch_norm", "activations"},
     {"kernels", "config_file"},
     {"functional", "self_test"},
     {"layers", "linen"},
+    {"norm_relu"},
     {"models"},
     {"layer_table"},
     {"flops", "listing"},

@@ -13,6 +13,7 @@ from flax import nnx
 
 from swat_jax.models import pooling
 from swat_jax.models.layer_factory import LayerFactory
+from swat_jax.norm_relu import apply
 
 BOTTLENECK = 4
 
@@ -21,26 +22,28 @@ class DenseLayer(nnx.Module):
     """Batch norm, ReLU, 1x1 conv; batch norm, ReLU, 3x3 conv; the result joins the input."""
 
     def __init__(self, inputs: int, growth: int, make: LayerFactory) -> None:
-        self.norm1 = make.batch_norm(inputs)
+        self.norm1 = make.norm_relu(inputs)
         self.conv1: Any = make.conv(inputs, BOTTLENECK * growth, 1)
-        self.norm2 = make.batch_norm(BOTTLENECK * growth)
+        self.norm2 = make.norm_relu(BOTTLENECK * growth)
         self.conv2: Any = make.conv(BOTTLENECK * growth, growth, 3)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv1(nnx.relu(self.norm1(x)))
-        y = self.conv2(nnx.relu(self.norm2(y)))
-        return jnp.concatenate([x, y], axis=-1)
+        active = self.norm1(x, readers=[self.conv1], before=True)
+        y = self.norm2(apply(self.conv1, active.readers[0]), readers=[self.conv2])
+        y = apply(self.conv2, y.readers[0])
+        return jnp.concatenate([active.before, y], axis=-1)
 
 
 class Transition(nnx.Module):
     """Batch norm, ReLU, 1x1 conv to half the channels, 2x2 average pooling."""
 
     def __init__(self, inputs: int, outputs: int, make: LayerFactory) -> None:
-        self.norm = make.batch_norm(inputs)
+        self.norm = make.norm_relu(inputs)
         self.conv: Any = make.conv(inputs, outputs, 1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return pooling.average_by_two(self.conv(nnx.relu(self.norm(x))))
+        active = self.norm(x, readers=[self.conv])
+        return pooling.average_by_two(apply(self.conv, active.readers[0]))
 
 
 class DenseNet(nnx.Module):
@@ -74,7 +77,7 @@ class DenseNet(nnx.Module):
             layers = [DenseLayer(channels + i * growth, growth, make) for i in range(size)]
             setattr(self, f"stage{number}", nnx.List(layers))
             channels += size * growth
-        self.norm = make.batch_norm(channels)
+        self.norm = make.norm_relu(channels)
         self.classifier: Any = make.linear(channels, num_classes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,5 +89,5 @@ class DenseNet(nnx.Module):
                 x = getattr(self, f"transition{number - 1}")(x)
             for layer in getattr(self, f"stage{number}"):
                 x = layer(x)
-        x = pooling.global_average(nnx.relu(self.norm(x)))
+        x = pooling.global_average(self.norm(x, dense=True).dense)
         return jnp.asarray(self.classifier(x), jnp.float32)

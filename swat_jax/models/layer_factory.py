@@ -88,9 +88,12 @@ class LayerFactory:
             rngs=self._rngs,
         )
 
-    def batch_norm(self, channels: int) -> nnx.BatchNorm:
-        """Batch norm over the last axis; a running average keeps 0.9 of its past at each step."""
-        return nnx.BatchNorm(
+    def norm_relu(self, channels: int) -> Any:
+        """Batch norm over the last axis and ReLU; see `swat_jax.norm_relu`.
+
+        A running average keeps 0.9 of its past at each step.
+        """
+        return self._layers.norm_relu(
             channels,
             momentum=BATCH_NORM_MOMENTUM,
             epsilon=BATCH_NORM_EPSILON,

@@ -5,15 +5,33 @@ bottleneck is in its 3x3 conv ("v1.5"). Wide bottlenecks: Zagoruyko and Komodaki
 networks", 2016.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from swat_jax.activations import Branches
 from swat_jax.models import pooling
 from swat_jax.models.layer_factory import LayerFactory
+from swat_jax.norm_relu import apply, branch
+
+
+def reads(block: Any) -> dict[str, Any]:
+    """Who reads the input of a block: what the layer before it has to know."""
+    if block.projects:
+        return {"readers": [block.conv1, block.shortcut]}
+    return {"readers": [block.conv1], "dense": True}
+
+
+def shortcut(block: Any, x: Branches) -> jax.Array | None:
+    """What a block adds to the output of its last norm."""
+    if block.projects:
+        y = apply(block.shortcut, x.readers[1])
+        return block.shortcut_norm(y, relu=False, dense=True).dense
+    return x.dense
 
 
 class BasicBlock(nnx.Module):
@@ -27,19 +45,18 @@ class BasicBlock(nnx.Module):
         if widen != 1:
             raise ValueError(f"widen: a basic block takes 1 only, got {widen}")
         self.conv1: Any = make.conv(inputs, width, 3, strides=strides)
-        self.norm1 = make.batch_norm(width)
+        self.norm1 = make.norm_relu(width)
         self.conv2: Any = make.conv(width, width, 3)
-        self.norm2 = make.batch_norm(width)
+        self.norm2 = make.norm_relu(width)
         self.projects = strides != 1 or inputs != width
         if self.projects:
             self.shortcut: Any = make.conv(inputs, width, 1, strides=strides)
-            self.shortcut_norm = make.batch_norm(width)
+            self.shortcut_norm = make.norm_relu(width)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        skip = self.shortcut_norm(self.shortcut(x)) if self.projects else x
-        return nnx.relu(y + skip)
+    def __call__(self, x: Branches, after: Mapping[str, Any]) -> Branches:
+        y = self.norm1(apply(self.conv1, x.readers[0]), readers=[self.conv2])
+        y = apply(self.conv2, y.readers[0])
+        return self.norm2(y, shortcut(self, x), **after)
 
 
 class Bottleneck(nnx.Module):
@@ -52,22 +69,21 @@ class Bottleneck(nnx.Module):
     ) -> None:
         inner, outputs = width * widen, width * self.expansion
         self.conv1: Any = make.conv(inputs, inner, 1)
-        self.norm1 = make.batch_norm(inner)
+        self.norm1 = make.norm_relu(inner)
         self.conv2: Any = make.conv(inner, inner, 3, strides=strides)
-        self.norm2 = make.batch_norm(inner)
+        self.norm2 = make.norm_relu(inner)
         self.conv3: Any = make.conv(inner, outputs, 1)
-        self.norm3 = make.batch_norm(outputs)
+        self.norm3 = make.norm_relu(outputs)
         self.projects = strides != 1 or inputs != outputs
         if self.projects:
             self.shortcut: Any = make.conv(inputs, outputs, 1, strides=strides)
-            self.shortcut_norm = make.batch_norm(outputs)
+            self.shortcut_norm = make.norm_relu(outputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = nnx.relu(self.norm1(self.conv1(x)))
-        y = nnx.relu(self.norm2(self.conv2(y)))
-        y = self.norm3(self.conv3(y))
-        skip = self.shortcut_norm(self.shortcut(x)) if self.projects else x
-        return nnx.relu(y + skip)
+    def __call__(self, x: Branches, after: Mapping[str, Any]) -> Branches:
+        y = self.norm1(apply(self.conv1, x.readers[0]), readers=[self.conv2])
+        y = self.norm2(apply(self.conv2, y.readers[0]), readers=[self.conv3])
+        y = apply(self.conv3, y.readers[0])
+        return self.norm3(y, shortcut(self, x), **after)
 
 
 class ResNet(nnx.Module):
@@ -100,7 +116,7 @@ class ResNet(nnx.Module):
         large = stem == "7x7"
         inputs = widths[0]
         self.stem: Any = make.conv(in_channels, inputs, 7 if large else 3, strides=1 + large)
-        self.stem_norm = make.batch_norm(inputs)
+        self.stem_norm = make.norm_relu(inputs)
         self.stem_pools = large
         self.num_stages = len(stage_sizes)
         for number, (size, width) in enumerate(zip(stage_sizes, widths, strict=True), start=1):
@@ -115,10 +131,15 @@ class ResNet(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (N, num_classes), float32, of images (N, H, W, C)."""
         pooling.check_image(x, network="ResNet", smallest=1)
-        x = nnx.relu(self.stem_norm(self.stem(x)))
+        stages = [getattr(self, f"stage{number + 1}") for number in range(self.num_stages)]
+        blocks: list[Any] = list(itertools.chain(*stages))
+        followers = [*map(reads, blocks), {"dense": True}]
+        y: Any = self.stem(x)
         if self.stem_pools:
-            x = pooling.max_three_by_two(x)
-        for number in range(1, self.num_stages + 1):
-            for block in getattr(self, f"stage{number}"):
-                x = block(x)
-        return jnp.asarray(self.classifier(pooling.global_average(x)), jnp.float32)
+            y = pooling.max_three_by_two(self.stem_norm(y, dense=True).dense)
+            y = branch(y, **followers[0])
+        else:
+            y = self.stem_norm(y, **followers[0])
+        for block, after in zip(blocks, followers[1:], strict=True):
+            y = block(y, after)
+        return jnp.asarray(self.classifier(pooling.global_average(y.dense)), jnp.float32)

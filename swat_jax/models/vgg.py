@@ -4,15 +4,17 @@ Source: Simonyan and Zisserman, "Very deep convolutional networks", 2015, with b
 conv and a 512-4096-4096-classes head, as in the SWAT paper's CIFAR experiments.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from swat_jax.activations import Branches
 from swat_jax.models import pooling
 from swat_jax.models.layer_factory import LayerFactory
+from swat_jax.norm_relu import apply, branch
 
 STAGE_SIZES = {11: (1, 1, 2, 2, 2), 13: (2,) * 5, 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 WIDTHS = (64, 128, 256, 512, 512)
@@ -24,10 +26,10 @@ class ConvUnit(nnx.Module):
 
     def __init__(self, inputs: int, outputs: int, make: LayerFactory) -> None:
         self.conv: Any = make.conv(inputs, outputs, 3)
-        self.norm = make.batch_norm(outputs)
+        self.norm = make.norm_relu(outputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return nnx.relu(self.norm(self.conv(x)))
+    def __call__(self, x: Branches, after: Mapping[str, Any]) -> Branches:
+        return self.norm(apply(self.conv, x.readers[0]), **after)
 
 
 class VGG(nnx.Module):
@@ -55,7 +57,7 @@ class VGG(nnx.Module):
           make: layer factory.
         """
         self.stem: Any = make.conv(in_channels, WIDTHS[0], 3)
-        self.stem_norm = make.batch_norm(WIDTHS[0])
+        self.stem_norm = make.norm_relu(WIDTHS[0])
         inputs = WIDTHS[0]
         for number, (size, width) in enumerate(zip(stage_sizes, WIDTHS, strict=True), start=1):
             units = []
@@ -72,11 +74,14 @@ class VGG(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (N, num_classes), float32, of images (N, H, W, C)."""
         pooling.check_image(x, network="VGG", smallest=2 ** len(WIDTHS))
-        x = nnx.relu(self.stem_norm(self.stem(x)))
+        x = self.stem(x)
         for number in range(1, len(WIDTHS) + 1):
-            for unit in getattr(self, f"stage{number}"):
-                x = unit(x)
-            x = pooling.max_by_two(x)
+            units = getattr(self, f"stage{number}")
+            followers = [*({"readers": [unit.conv]} for unit in units), {"dense": True}]
+            y: Any = (self.stem_norm if number == 1 else branch)(x, **followers[0])
+            for unit, after in zip(units, followers[1:], strict=True):
+                y = unit(y, after)
+            x = pooling.max_by_two(y.dense)
         # At 32x32 one pixel is left and this is a reshape; larger images are averaged.
         x = pooling.global_average(x)
         x = self.dropout1(nnx.relu(self.hidden1(x)))

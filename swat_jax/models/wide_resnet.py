@@ -11,6 +11,7 @@ from flax import nnx
 
 from swat_jax.models import pooling
 from swat_jax.models.layer_factory import LayerFactory
+from swat_jax.norm_relu import apply, branch
 
 STEM_WIDTH = 16
 
@@ -24,20 +25,27 @@ class WideBlock(nnx.Module):
     def __init__(
         self, inputs: int, width: int, *, strides: int, dropout_rate: float, make: LayerFactory
     ) -> None:
-        self.norm1 = make.batch_norm(inputs)
+        self.norm1 = make.norm_relu(inputs)
         self.conv1: Any = make.conv(inputs, width, 3, strides=strides)
-        self.norm2 = make.batch_norm(width)
+        self.norm2 = make.norm_relu(width)
         self.dropout = make.dropout(dropout_rate)
+        self.drops = dropout_rate > 0
         self.conv2: Any = make.conv(width, width, 3)
         self.projects = strides != 1 or inputs != width
         if self.projects:
             self.shortcut: Any = make.conv(inputs, width, 1, strides=strides)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        active = nnx.relu(self.norm1(x))
-        y = nnx.relu(self.norm2(self.conv1(active)))
-        y = self.conv2(self.dropout(y))
-        return y + (self.shortcut(active) if self.projects else x)
+        readers = [self.conv1, self.shortcut] if self.projects else [self.conv1]
+        active = self.norm1(x, readers=readers, before=not self.projects)
+        y = apply(self.conv1, active.readers[0])
+        if self.drops:
+            y = self.dropout(self.norm2(y, dense=True).dense)
+            y = branch(y, readers=[self.conv2])
+        else:
+            y = self.norm2(y, readers=[self.conv2])
+        y = apply(self.conv2, y.readers[0])
+        return y + (apply(self.shortcut, active.readers[1]) if self.projects else active.before)
 
 
 class WideResNet(nnx.Module):
@@ -78,7 +86,7 @@ class WideResNet(nnx.Module):
                 )
                 inputs = width
             setattr(self, f"stage{number}", nnx.List(blocks))
-        self.norm = make.batch_norm(inputs)
+        self.norm = make.norm_relu(inputs)
         self.classifier: Any = make.linear(inputs, num_classes)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -88,5 +96,5 @@ class WideResNet(nnx.Module):
         for number in (1, 2, 3):
             for block in getattr(self, f"stage{number}"):
                 x = block(x)
-        x = pooling.global_average(nnx.relu(self.norm(x)))
+        x = pooling.global_average(self.norm(x, dense=True).dense)
         return jnp.asarray(self.classifier(x), jnp.float32)

@@ -11,6 +11,7 @@ from swat_jax import models
 from swat_jax.models import densenet, pooling, resnet, vgg, wide_resnet
 from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.models.layer_types import LayerTypes
+from swat_jax.norm_relu import branch
 
 
 @pytest.fixture
@@ -64,6 +65,17 @@ def run(model, x):
     return jax.jit(lambda s, x: nnx.merge(graph, s)(x))(state, x)
 
 
+def run_block(block, x):
+    """A block of a residual network alone, between a branch and nothing."""
+    graph, state = nnx.split(block)
+
+    def forward(state, x):
+        block = nnx.merge(graph, state)
+        return block(branch(x, **resnet.reads(block)), {"dense": True}).dense
+
+    return jax.jit(forward)(state, x)
+
+
 def check(found, expected):
     np.testing.assert_allclose(found, expected, rtol=2e-4, atol=2e-4)
 
@@ -76,7 +88,7 @@ def test_basic_block(make, images, width, strides):
     skip = images
     if (width, strides) != (8, 1):
         skip = norm(block.shortcut_norm, conv(block.shortcut, images, strides))
-    check(run(block, images), relu(y + skip))
+    check(run_block(block, images), relu(y + skip))
 
 
 def test_bottleneck_has_its_stride_in_the_3x3(make, images):
@@ -85,7 +97,7 @@ def test_bottleneck_has_its_stride_in_the_3x3(make, images):
     y = relu(norm(block.norm2, conv(block.conv2, y, 2)))
     y = norm(block.norm3, conv(block.conv3, y))
     skip = norm(block.shortcut_norm, conv(block.shortcut, images, 2))
-    check(run(block, images), relu(y + skip))
+    check(run_block(block, images), relu(y + skip))
     assert block.conv2.kernel[...].shape == (3, 3, 8, 8)
 
 
@@ -138,7 +150,14 @@ def test_transition_halves(make, images):
 
 def test_vgg_unit(make, images):
     unit = randomise(vgg.ConvUnit(8, 4, make))
-    check(run(unit, images), relu(norm(unit.norm, conv(unit.conv, images))))
+    graph, state = nnx.split(unit)
+
+    def forward(state, x):
+        unit = nnx.merge(graph, state)
+        return unit(branch(x, readers=[unit.conv]), {"dense": True}).dense
+
+    found = jax.jit(forward)(state, images)
+    check(found, relu(norm(unit.norm, conv(unit.conv, images))))
 
 
 def test_stem_pooling_has_padding_that_never_wins():

@@ -1,0 +1,209 @@
+"""Batch norm, addition and ReLU as one layer that knows which layers read its result.
+
+`NormRelu` is made of stock Flax; `BatchNormRelu` has the same variables and calls
+`functional.batch_norm_relu`, which also packs what its readers keep.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from swat_jax import functional, kernels
+from swat_jax.activations import Activation, Branches
+from swat_jax.layers import SwatConv, SwatLinear
+from swat_jax.sparsity import top_k
+from swat_jax.sparsity.packing import Packed
+from swat_jax.sparsity.top_k import Count
+
+
+def apply(layer: Any, activation: Activation) -> jax.Array:
+    """The output of a layer, SWAT or stock, for its input."""
+    is_swat = isinstance(layer, SwatConv | SwatLinear)
+    return layer(activation if is_swat else activation.x)
+
+
+class NormRelu(nnx.BatchNorm):
+    """Stock batch norm, then an addition and ReLU; takes the arguments of `flax.nnx.BatchNorm`."""
+
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: jax.Array,
+        residual: jax.Array | None = None,
+        *,
+        relu: bool = True,
+        readers: Sequence[Any] = (),
+        dense: bool = False,
+        before: bool = False,
+    ) -> Branches:
+        """``relu(norm(x) + residual)``.
+
+        Args:
+          x: (..., channels).
+          residual: added before the ReLU, of the shape of ``x``; or None.
+          relu: whether negative values become 0.
+          readers: the layers that will read the result.
+          dense: whether something else reads it too.
+          before: whether ``x`` itself is read by something else too.
+        """
+        y = super().__call__(x)
+        if residual is not None:
+            y = y + residual
+        if relu:
+            y = nnx.relu(y)
+        return Branches(
+            readers=tuple(Activation(y) for _ in readers),
+            dense=y if dense else None,
+            before=x if before else None,
+        )
+
+
+class BatchNormRelu(NormRelu):
+    """`NormRelu` in few passes over memory, which packs what its readers keep.
+
+    Variables and arguments are those of `flax.nnx.BatchNorm`. Statistics and arithmetic are in
+    float32 (float64 for float64) whatever the type of the input.
+    """
+
+    def __call__(
+        self,
+        x: jax.Array,
+        residual: jax.Array | None = None,
+        *,
+        relu: bool = True,
+        readers: Sequence[Any] = (),
+        dense: bool = False,
+        before: bool = False,
+    ) -> Branches:
+        """As `NormRelu`; in evaluation mode nothing is packed."""
+        assert self.scale is not None
+        assert self.bias is not None
+        x = x.astype(self.dtype or jnp.result_type(x, self.scale[...], self.bias[...]))
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        averages = (self.mean[...].astype(wide), self.var[...].astype(wide))
+        choice = _Choice(readers, x)
+        out = functional.batch_norm_relu(
+            x,
+            self.scale[...].astype(wide),
+            self.bias[...].astype(wide),
+            residual=residual,
+            relu=relu,
+            epsilon=self.epsilon,
+            statistics=averages if self.use_running_average else None,
+            axis_name=self.axis_name,
+            readers=max(1, len(readers) + dense),
+            returns_input=before,
+            selection=choice.selection(),
+        )
+        if not self.use_running_average:
+            for average, value in ((self.mean, out.mean), (self.var, out.variance)):
+                old = average[...]
+                mixed = self.momentum * old + (1 - self.momentum) * lax.stop_gradient(value)
+                average[...] = mixed.astype(old.dtype)
+        return Branches(
+            readers=choice.activations(out.y, out.packed, out.thresholds),
+            dense=out.y[-1] if dense else None,
+            before=out.x,
+        )
+
+
+def branch(x: jax.Array, *, readers: Sequence[Any] = (), dense: bool = False) -> Branches:
+    """Sends a value that no `BatchNormRelu` made to all that read it.
+
+    Readers that pack their input share one packed form of it.
+
+    Args:
+      x: floats.
+      readers: the layers that will read it.
+      dense: whether something else reads it too.
+    """
+    choice = _Choice(readers, x)
+    selection = choice.selection()
+    packed, limits = None, None
+    if selection is not None:
+        limits = [_threshold(x, selection, i) for i in range(len(choice.keeps))]
+        # NaN is larger than every number here.
+        least = functools.reduce(jnp.fmin, limits)
+        packed = kernels.pack(lax.stop_gradient(x), least, selection.capacity)
+    return Branches(
+        readers=choice.activations((x,) * len(readers), packed, limits),
+        dense=x if dense else None,
+    )
+
+
+class _Choice:
+    """What is packed of a value for its readers.
+
+    Readers that keep equally many values share a threshold. At most two counts are served; of
+    readers that are not alike in reusing thresholds, the first decides who is served. The others
+    pack for themselves.
+    """
+
+    def __init__(self, readers: Sequence[Any], x: jax.Array) -> None:
+        self.size = x.size
+        self.wide = jnp.promote_types(x.dtype, jnp.float32)
+        self.readers = readers
+        self.keeps: list[Count] = []
+        self.served: list[Any] = []  # for every count the first reader that asked for it
+        self.positions: list[int | None] = [self._position(reader) for reader in readers]
+
+    def selection(self) -> kernels.Selection | None:
+        """What `batch_norm_relu` is to pack, or None."""
+        if not self.keeps:
+            return None
+        first = self.served[0]
+        reuses = first.activation_threshold is not None
+        stored = [reader.activation_threshold[...] for reader in self.served] if reuses else None
+        return kernels.Selection(
+            keep=jnp.stack([jnp.stack(top_k.words(keep)) for keep in self.keeps]),
+            capacity=max(reader.activation_capacity(self.size) for reader in self.served),
+            fits=all(isinstance(keep, int) for keep in self.keeps),
+            is_refresh=first.threshold_age[...] == 0 if reuses else None,
+            stored=jnp.stack(stored).astype(self.wide) if stored else None,
+        )
+
+    def activations(
+        self, copies: Sequence[jax.Array], packed: Packed | None, thresholds: Any
+    ) -> tuple[Activation, ...]:
+        """The readers' inputs; thresholds that are reused become state of their readers."""
+        found = []
+        # There may be one copy more, for who reads the dense value.
+        for reader, position, copy in zip(self.readers, self.positions, copies, strict=False):
+            if position is None:
+                found.append(Activation(copy))
+                continue
+            limit = lax.stop_gradient(thresholds[position])
+            if reader.activation_threshold is not None:
+                stored = reader.activation_threshold[...]
+                reader.activation_threshold[...] = limit.astype(stored.dtype)
+            found.append(Activation(copy, packed, limit, filters=len(self.keeps) > 1))
+        return tuple(found)
+
+    def _position(self, reader: Any) -> int | None:
+        if not isinstance(reader, SwatConv | SwatLinear) or not reader.packs:
+            return None
+        if self.served:
+            first = self.served[0]
+            if (reader.activation_threshold is None) != (first.activation_threshold is None):
+                return None
+        keep = reader.activation_keep(self.size)
+        if isinstance(keep, int) and keep in [k for k in self.keeps if isinstance(k, int)]:
+            return self.keeps.index(keep)
+        if len(self.keeps) == 2:
+            return None
+        self.keeps.append(keep)
+        self.served.append(reader)
+        return len(self.keeps) - 1
+
+
+def _threshold(x: jax.Array, selection: kernels.Selection, index: int) -> jax.Array:
+    x, keep = lax.stop_gradient(x), selection.keep[index]
+    if selection.is_refresh is None or selection.stored is None:
+        return kernels.threshold(x, keep).astype(jnp.promote_types(x.dtype, jnp.float32))
+    return kernels.refreshed_threshold(selection.is_refresh, x, keep, selection.stored[index])
