@@ -67,7 +67,11 @@ def packs() -> bool:
 
 
 def threshold(x: jax.Array, keep: top_k.Count) -> jax.Array:
-    """The ``keep``-th largest magnitude; see `swat_jax.sparsity.top_k.threshold`."""
+    """The ``keep``-th largest magnitude; see `swat_jax.sparsity.top_k.threshold`.
+
+    No gradient flows to ``x``.
+    """
+    x = lax.stop_gradient(x)
     if not _has_kernel("threshold", x.dtype):
         return top_k.threshold(x, keep)
     always = jnp.ones((), bool)

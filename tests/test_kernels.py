@@ -1,0 +1,106 @@
+"""The choice between kernels and their twins; that training lowers to kernels for a GPU.
+
+What kernels compute is tested on a GPU, in tests/gpu. Here no program runs on one, but it can be
+lowered for one wherever the library is built: `SWAT_JAX_LIBRARY`, or an installation with nvcc.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from swat_jax import functional, kernels, native
+from swat_jax.errors import UsageError
+from swat_jax.layers import SwatConv
+
+needs_library = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    monkeypatch.setenv("SWAT_JAX_BACKEND", "cuda")
+    assert kernels.backend() == "cuda"
+
+
+def lowered(function, *operands):
+    return jax.jit(function).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_without_a_gpu_the_twins_are_used(monkeypatch):
+    monkeypatch.delenv("SWAT_JAX_BACKEND", raising=False)
+    assert kernels.backend() == "xla"
+    assert not kernels.packs()
+
+
+@pytest.mark.parametrize("name", ["gpu", "CUDA", "xla,cuda"])
+def test_an_unknown_backend_is_refused(monkeypatch, name):
+    monkeypatch.setenv("SWAT_JAX_BACKEND", name)
+    with pytest.raises(UsageError, match="SWAT_JAX_BACKEND must be one of cuda, xla; got"):
+        kernels.threshold(jnp.ones(8), 2)
+
+
+def test_cuda_without_the_library_is_refused(monkeypatch):
+    monkeypatch.setenv("SWAT_JAX_BACKEND", "cuda")
+    absent = native.Status(False, "the kernels were not built")
+    monkeypatch.setattr(native, "load", lambda: absent)
+    with pytest.raises(UsageError, match="SWAT_JAX_BACKEND is cuda, but the kernels were not"):
+        kernels.backend()
+
+
+@needs_library
+def test_an_unknown_op_is_refused(cuda, monkeypatch):
+    monkeypatch.setenv("SWAT_JAX_XLA_OPS", "pack,sort")
+    with pytest.raises(UsageError, match=r"SWAT_JAX_XLA_OPS must hold names of .* got 'sort'"):
+        kernels.threshold(jnp.ones(8), 2)
+
+
+@needs_library
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_gradient_of_a_layer_lowers_to_kernels(cuda, every):
+    layer = SwatConv(
+        4, 8, (3, 3), weight_sparsity=0.5, threshold_every_steps=every, rngs=nnx.Rngs(0)
+    )
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
+
+    def loss(params, x):
+        return jnp.sum(nnx.merge(graph, params, rest, copy=True)(x) ** 2)
+
+    text = lowered(jax.grad(loss), params, jnp.ones((2, 8, 8, 4), jnp.bfloat16))
+    assert "swat_jax_threshold" in text
+
+
+@needs_library
+def test_the_gradient_of_batch_norm_lowers_to_kernels(cuda, monkeypatch):
+    x, scale, bias = jnp.ones((2, 4, 4, 24), jnp.bfloat16), jnp.ones(24), jnp.zeros(24)
+    kernel = jnp.ones((3, 3, 24, 8), jnp.float32)
+    selection = kernels.Selection(jnp.array([[0, 70]], jnp.uint32), 80, fits=True)
+
+    def loss(x, kernel):
+        out = functional.batch_norm_relu(x, scale, bias, selection=selection)
+        y = functional.swat_conv(out.y[0], kernel, weight_sparsity=0.5, packed=out.packed)
+        return jnp.sum(y.astype(jnp.float32))
+
+    text = lowered(jax.grad(loss, (0, 1)), x, kernel)
+    for op in ("statistics", "relu", "gradient_sums", "gradient"):
+        assert f"swat_jax_batch_norm_{op}" in text
+    assert "swat_jax_unpack" in text
+    monkeypatch.setenv("SWAT_JAX_XLA_OPS", "batch_norm")
+    text = lowered(jax.grad(loss, (0, 1)), x, kernel)
+    assert "swat_jax_batch_norm" not in text
+    assert "swat_jax_unpack" in text
+
+
+@needs_library
+def test_on_the_cpu_a_program_with_kernels_computes_as_one_without(monkeypatch):
+    x = jax.random.normal(jax.random.key(0), (500,))
+
+    def both(x):
+        limit = kernels.threshold(x, 50)
+        return limit, kernels.unpack(kernels.pack(x, limit, 60), 1.5)
+
+    found = []
+    for backend in ("xla", "cuda"):
+        monkeypatch.setenv("SWAT_JAX_BACKEND", backend)
+        found.append(jax.jit(lambda x: both(x))(x))
+    jax.tree.map(np.testing.assert_array_equal, *found)
