@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from swat_jax import kernels, layer_table, models
+from swat_jax import functional, kernels, layer_table, models
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.models import LayerTypes
@@ -34,7 +34,7 @@ def build(
       UsageError: an unknown name, or a sparsity that cannot be had.
 
     Example:
-      >>> from swat_jax import config_file
+      >>> from swat_jax import functional, config_file
       >>> config = config_file.load("configs/digits.py:u90")
       >>> model = build(config, num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
       >>> model.stage1[0].conv1.weight_sparsity
@@ -53,6 +53,7 @@ def build(
         functools.partial(SwatConv, granularity=config.sparsity.granularity, pack=pack),
         functools.partial(SwatLinear, pack=pack),
         BatchNormRelu if fused else NormRelu,
+        functional.max_pool if fused else nnx.max_pool,
     )
     model = _create(config, num_classes, image_shape, layers, rngs)
     table = layer_table.network_table(

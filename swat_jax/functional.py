@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -642,3 +643,105 @@ def _per_axis(value: int | Sequence[int], count: int, name: str) -> tuple[int, .
             f"got {value!r}"
         )
     return whole
+
+
+def max_pool(
+    x: jax.Array,
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: Padding = "VALID",
+) -> jax.Array:
+    """Max pooling that keeps for its backward pass which value won, not the values.
+
+    Args:
+      x: (N, *spatial, channels) floats.
+      window_shape: one number per spatial axis, at most 255 positions in all.
+      strides: likewise; None: 1.
+      padding: as `jax.lax.reduce_window` takes it, without batch and channels. It never wins.
+
+    Returns:
+      (N, *spatial, channels). Of equal values the first gets the gradient.
+
+    Example:
+      >>> max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), (2, 2)).item()
+      3.0
+    """
+    _check_floats("x", x)
+    window = tuple(window_shape)
+    if len(window) != x.ndim - 2 or not 1 <= math.prod(window) <= 255:
+        raise UsageError(
+            f"window_shape must have one number per spatial axis of x {x.shape}, and at most 255 "
+            f"positions; got {window}"
+        )
+    steps = _per_axis(1 if strides is None else strides, len(window), "strides")
+    pairs = _padding(padding, len(window))
+    if isinstance(pairs, str):
+        pairs = lax.padtype_to_pads(x.shape[1:-1], window, steps, pairs)
+    pool = _Pool(window, steps, tuple((int(low), int(high)) for low, high in pairs), x.shape)
+    return _max_pool(pool, x)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pool:
+    window: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    shape: tuple[int, ...]  # of the input
+
+    def positions(self, x: jax.Array) -> Iterator[jax.Array]:
+        """For every position in the window what is there, of the shape of the result."""
+        padded = jnp.pad(x, ((0, 0), *self.padding, (0, 0)), constant_values=-jnp.inf)
+        for start in np.ndindex(*self.window):
+            # As many windows as fit.
+            counts = [
+                (size - width) // step + 1
+                for size, width, step in zip(
+                    padded.shape[1:-1], self.window, self.strides, strict=True
+                )
+            ]
+            stops = [
+                first + (count - 1) * step + 1
+                for first, count, step in zip(start, counts, self.strides, strict=True)
+            ]
+            yield lax.slice(
+                padded,
+                (0, *start, 0),
+                (x.shape[0], *stops, x.shape[-1]),
+                (1, *self.strides, 1),
+            )
+
+    def scatter(self, dy: jax.Array, start: tuple[int, ...]) -> jax.Array:
+        """The transpose of taking one position of every window."""
+        config = [(0, 0, 0)]
+        for axis, first in enumerate(start):
+            step, (low, _) = self.strides[axis], self.padding[axis]
+            reach = first + (dy.shape[axis + 1] - 1) * step + 1
+            config.append((first - low, self.shape[axis + 1] + low - reach, step - 1))
+        return lax.pad(dy, jnp.zeros((), dy.dtype), [*config, (0, 0, 0)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _max_pool(pool: _Pool, x: jax.Array) -> jax.Array:
+    return functools.reduce(jnp.maximum, pool.positions(x))
+
+
+def _max_pool_forward(pool: _Pool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    first, *others = pool.positions(x)
+    best, winner = first, jnp.zeros(first.shape, jnp.uint8)
+    for index, value in enumerate(others, start=1):
+        wins = ~(best >= value)
+        best, winner = jnp.where(wins, value, best), jnp.where(wins, jnp.uint8(index), winner)
+    return _max_pool(pool, x), winner
+
+
+def _max_pool_backward(pool: _Pool, winner: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    winner, dy = lax.optimization_barrier((winner, dy))
+    zero = jnp.zeros((), dy.dtype)
+    parts = [
+        pool.scatter(jnp.where(winner == index, dy, zero), start)
+        for index, start in enumerate(np.ndindex(*pool.window))
+    ]
+    return (functools.reduce(jnp.add, parts),)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

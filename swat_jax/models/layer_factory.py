@@ -49,6 +49,7 @@ class LayerFactory:
           zero_linear_bias: start linear biases at 0 instead of U(+-1/sqrt(fan_in)).
         """
         self._layers = layers
+        self.max_pool = layers.max_pool
         self._rngs = rngs
         self._dtype = dtype
         self._axis_name = batch_norm_axis_name

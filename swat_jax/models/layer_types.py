@@ -21,8 +21,10 @@ class LayerTypes:
       linear: called as `linear(in_features, out_features, ..., rngs=...)`.
       norm_relu: called as `norm_relu(channels, ..., rngs=...)` with the arguments of
         `nnx.BatchNorm`; what it makes is called as a `NormRelu`.
+      max_pool: called as `nnx.max_pool`.
     """
 
     conv: Callable[..., Any] = nnx.Conv
     linear: Callable[..., Any] = nnx.Linear
     norm_relu: Callable[..., Any] = NormRelu
+    max_pool: Callable[..., Any] = nnx.max_pool

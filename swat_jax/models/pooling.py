@@ -1,5 +1,6 @@
 """Pooling that the networks share, and the check that an image is large enough for it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,15 +20,15 @@ def average_by_two(x: jax.Array) -> jax.Array:
     return nnx.avg_pool(x, (2, 2), strides=(2, 2))
 
 
-def max_by_two(x: jax.Array) -> jax.Array:
+def max_by_two(x: jax.Array, max_pool: Callable[..., Any] = nnx.max_pool) -> jax.Array:
     """2x2 max pooling at stride 2."""
-    return nnx.max_pool(x, (2, 2), strides=(2, 2))
+    return max_pool(x, (2, 2), strides=(2, 2))
 
 
-def max_three_by_two(x: jax.Array) -> jax.Array:
+def max_three_by_two(x: jax.Array, max_pool: Callable[..., Any] = nnx.max_pool) -> jax.Array:
     """3x3 max pooling at stride 2, padded by one pixel on every side."""
     padding: Any = ((1, 1), (1, 1))  # Flax takes pairs, its annotation says str
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=padding)
+    return max_pool(x, (3, 3), strides=(2, 2), padding=padding)
 
 
 def check_image(x: jax.Array, *, network: str, smallest: int) -> None:

@@ -118,6 +118,7 @@ class ResNet(nnx.Module):
         self.stem: Any = make.conv(in_channels, inputs, 7 if large else 3, strides=1 + large)
         self.stem_norm = make.norm_relu(inputs)
         self.stem_pools = large
+        self.max_pool = make.max_pool
         self.num_stages = len(stage_sizes)
         for number, (size, width) in enumerate(zip(stage_sizes, widths, strict=True), start=1):
             blocks = []
@@ -136,7 +137,8 @@ class ResNet(nnx.Module):
         followers = [*map(reads, blocks), {"dense": True}]
         y: Any = self.stem(x)
         if self.stem_pools:
-            y = pooling.max_three_by_two(self.stem_norm(y, dense=True).dense)
+            y = self.stem_norm(y, dense=True).dense
+            y = pooling.max_three_by_two(y, self.max_pool)
             y = branch(y, **followers[0])
         else:
             y = self.stem_norm(y, **followers[0])

@@ -58,6 +58,7 @@ class VGG(nnx.Module):
         """
         self.stem: Any = make.conv(in_channels, WIDTHS[0], 3)
         self.stem_norm = make.norm_relu(WIDTHS[0])
+        self.max_pool = make.max_pool
         inputs = WIDTHS[0]
         for number, (size, width) in enumerate(zip(stage_sizes, WIDTHS, strict=True), start=1):
             units = []
@@ -81,7 +82,7 @@ class VGG(nnx.Module):
             y: Any = (self.stem_norm if number == 1 else branch)(x, **followers[0])
             for unit, after in zip(units, followers[1:], strict=True):
                 y = unit(y, after)
-            x = pooling.max_by_two(y.dense)
+            x = pooling.max_by_two(y.dense, self.max_pool)
         # At 32x32 one pixel is left and this is a reshape; larger images are averaged.
         x = pooling.global_average(x)
         x = self.dropout1(nnx.relu(self.hidden1(x)))
