@@ -1,0 +1,89 @@
+"""`batch_norm_relu` against autodiff of the same thing written out, and `BatchNormRelu`."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from swat_jax.functional import batch_norm_relu
+from swat_jax.norm_relu import BatchNormRelu, NormRelu
+
+EPSILON = 1e-5
+SHAPE = (4, 5, 5, 6)
+
+
+def written_out(x, scale, bias, residual, relu, statistics):
+    axes = (0, 1, 2)
+    mean, variance = statistics or (jnp.mean(x, axes), jnp.var(x, axes))
+    y = (x - mean) / jnp.sqrt(variance + EPSILON) * scale + bias
+    if residual is not None:
+        y = y + residual
+    return jnp.maximum(y, 0) if relu else y
+
+
+def operands() -> tuple[Any, ...]:
+    keys = jax.random.split(jax.random.key(0), 7)
+    x, residual, *dys = (jax.random.normal(key, SHAPE) for key in keys[:5])
+    scale, bias = (jax.random.normal(key, SHAPE[-1:]) for key in keys[5:])
+    return x, residual, dys, scale, bias
+
+
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("constant", [True, False])
+def test_values_and_gradients(relu, adds, constant):
+    """Two readers and the input passed on; float32, bound 2e-5 of the largest value."""
+    x, residual, dys, scale, bias = operands()
+    statistics = (jnp.full(6, 0.1), jnp.full(6, 1.3)) if constant else None
+    given = (x, scale, bias, *((residual,) if adds else ()))
+
+    def fused(x, scale, bias, residual=None):
+        options: dict[str, Any] = {"relu": relu, "statistics": statistics, "epsilon": EPSILON}
+        out = batch_norm_relu(
+            x, scale, bias, residual=residual, readers=2, returns_input=True, **options
+        )
+        return *out.y, out.x
+
+    def plain(x, scale, bias, residual=None):
+        y = written_out(x, scale, bias, residual, relu, statistics)
+        return y, y, x
+
+    @jax.jit
+    def both(given):
+        results = []
+        for function in (fused, plain):
+            values, pullback = jax.vjp(function, *given)
+            results.append((values, pullback(tuple(dys))))
+        return results
+
+    found, wanted = both(given)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.max(jnp.abs(b))))
+
+
+def test_bfloat16_is_rounded_once():
+    x, residual, _, scale, bias = operands()
+    x, residual = x.astype(jnp.bfloat16), residual.astype(jnp.bfloat16)
+    found = jax.jit(lambda: batch_norm_relu(x, scale, bias, residual=residual).y[0])()
+    wide = written_out(x.astype(jnp.float32), scale, bias, residual.astype(jnp.float32), True, None)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), wide, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layer_equals_stock(training):
+    x = 3 + 2 * jax.random.normal(jax.random.key(0), SHAPE)
+
+    def run(kind):
+        layer = kind(6, momentum=0.9, rngs=nnx.Rngs(0))
+        layer.train() if training else layer.eval()
+        y = layer(x, dense=True).dense
+        return y, nnx.state(layer)
+
+    found, wanted = jax.jit(lambda: (run(BatchNormRelu), run(NormRelu)))()
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
