@@ -1,0 +1,92 @@
+"""Networks that pack what they save train as those that do not, and keep nothing dense."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from swat_jax import functional
+from swat_jax.layers import ActivationThreshold, SwatConv, SwatLinear
+from swat_jax.models import densenet, resnet, wide_resnet
+from swat_jax.models.layer_factory import LayerFactory
+from swat_jax.models.layer_types import LayerTypes
+from swat_jax.norm_relu import BatchNormRelu
+
+COMMON: dict[str, Any] = {"num_classes": 3, "in_channels": 3}
+NETWORKS: dict[str, Any] = {
+    "resnet": lambda make: resnet.ResNet(
+        resnet.BasicBlock, (2, 1), widths=(8, 16), make=make, **COMMON
+    ),
+    "imagenet": lambda make: resnet.ResNet(
+        resnet.Bottleneck, (1,), widths=(8,), stem="7x7", make=make, **COMMON
+    ),
+    "wrn": lambda make: wide_resnet.WideResNet(10, 1, dropout_rate=0.0, make=make, **COMMON),
+    "wrn_dropout": lambda make: wide_resnet.WideResNet(
+        10, 1, dropout_rate=0.3, make=make, **COMMON
+    ),
+    "densenet": lambda make: densenet.DenseNet((2, 1), 12, make=make, **COMMON),
+}
+SHAPE = (4, 16, 16, 3)
+
+
+def build(name: str, packs: bool, period: int) -> Any:
+    options = {"weight_sparsity": 0.9, "threshold_every_steps": period, "pack": packs}
+    types = LayerTypes(
+        functools.partial(SwatConv, **options), functools.partial(SwatLinear, **options)
+    )
+    if packs:
+        types = LayerTypes(types.conv, types.linear, BatchNormRelu, functional.max_pool)
+    model = NETWORKS[name](LayerFactory(types, rngs=nnx.Rngs(0)))
+    model.train()
+    return model
+
+
+def loss_of(graph, rest, x, params):
+    model = nnx.merge(graph, params, rest, copy=True)
+    loss = jnp.sum(jnp.sin(model(x)) * jnp.arange(3))
+    return loss, nnx.state(model, (nnx.BatchStat, ActivationThreshold))
+
+
+@pytest.mark.parametrize(
+    ("name", "period"), [*((name, 1) for name in NETWORKS), ("resnet", 10), ("imagenet", 10)]
+)
+def test_loss_gradients_and_state(name, period):
+    """Float32: 2e-4 of the largest value of every tensor, and 2e-5 of the largest of all.
+
+    Sums over the batch that nearly cancel have the error of their summands. The networks are wide
+    enough that no mask has more ties than a packed tensor has room for: those would be dropped.
+    """
+    x = jax.random.normal(jax.random.key(1), SHAPE)
+
+    def run(packs):
+        model = build(name, packs, period)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        function = functools.partial(loss_of, graph, rest, x)
+        return jax.value_and_grad(function, has_aux=True)(params)
+
+    found, wanted = jax.jit(lambda: (run(True), run(False)))()
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    largest = max(float(jnp.max(jnp.abs(leaf))) for leaf in jax.tree.leaves(wanted))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        bound = 2e-4 * float(jnp.max(jnp.abs(b))) + 2e-5 * largest
+        np.testing.assert_allclose(a, b, rtol=0, atol=bound)
+
+
+def test_saved_for_the_backward_pass():
+    """Of large float tensors, only the inputs of batch norms, and the dense stem's images."""
+    graph, params, rest = nnx.split(
+        nnx.eval_shape(lambda: build("resnet", True, 1)), nnx.Param, ...
+    )
+    x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+
+    def saved(params, rest, x):
+        return jax.vjp(lambda p: loss_of(graph, rest, x, p)[0], params)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(saved, params, rest, x))
+    large = [leaf.shape for leaf in leaves if len(leaf.shape) == 4 and leaf.shape[0] == SHAPE[0]]
+    # The stem's norm and two in each of three blocks, and the norm of the one projection.
+    assert len(large) <= 8, large
