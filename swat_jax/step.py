@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -64,6 +65,21 @@ def make_mesh(devices: int | None = None) -> Mesh:
             f"config.devices must be between 1 and the {len(available)} devices here, got {devices}"
         )
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=available[:count])
+
+
+def connect(mesh: Mesh) -> None:
+    """Connects the processes of a run, while all of them are at the same point.
+
+    Gloo, the transport between CPUs, gives up when a process comes to the first sum over a set of
+    devices 30 seconds before another one, as it does with a program that only the first finds in
+    its compilation cache. Once they are connected, they wait. The two sets are those of the mesh
+    and of JAX's own checks.
+    """
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("swat_jax.connect")
+        add = functools.partial(lax.psum, axis_name=AXIS)
+        run = jax.shard_map(add, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        jax.block_until_ready(jax.jit(run)(np.float32(1)))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,6 +72,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
     _check_workdir(workdir, plain)
     mesh = step.make_mesh(config.devices)
     step.check(config, mesh)
+    step.connect(mesh)
     dataset = data.load(
         config, process_index=jax.process_index(), process_count=jax.process_count()
     )
