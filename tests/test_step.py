@@ -190,6 +190,21 @@ def test_measured_sparsity_is_that_of_the_masks():
         assert activations >= (0 if layer.weight_sparsity == 0 else 0.899)
 
 
+def test_the_seed_decides_about_weights_order_and_randomness():
+    """Each of them: one alone would make runs differ, and hide that another does not."""
+    parts = []
+    for seed in (0, 1):
+        trainer, make_state = trainer_of(seed=seed)
+        state = jax.device_get(make_state())
+        kernel = state["params"]["stem"]["kernel"]
+        parts.append((kernel, state["key"], *map(trainer.epoch_order, (0, 1))))
+    for one, other in zip(*parts, strict=True):
+        assert not np.array_equal(one, other)
+    *_, first, second = parts[0]
+    assert not np.array_equal(first, second)
+    assert np.array_equal(np.sort(first), np.arange(facts().num_train))
+
+
 def test_augmentation_shares_no_key_with_dropout(monkeypatch):
     """Not with any of the layers either, whose keys the network derives from its own by number."""
     trainer, make_state = trainer_of()
