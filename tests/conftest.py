@@ -5,6 +5,7 @@ command line, the workers that are killed) must see the same ones: hence environ
 Whoever has a GPU runs `JAX_PLATFORMS=cuda,cpu pytest tests/gpu`.
 """
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,9 @@ if (
     and "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]
 ):
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=1"
+# Tracing makes many objects that live on, and collecting them over and over takes its time. Pytest
+# collects at the end, so what was left open is still found.
+gc.set_threshold(100_000, 50, 100)
 # rich would take either for a terminal and draw into the output that tests read.
 os.environ.pop("FORCE_COLOR", None)
 os.environ.pop("TTY_COMPATIBLE", None)
@@ -39,6 +43,18 @@ os.environ.pop("TTY_COMPATIBLE", None)
 # Compilation makes the first example slow, so no deadline; CI draws the same examples every time.
 settings.register_profile("swat", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("swat")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for `-n auto`
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All tests run in several processes, files named on the command line in this one.
+
+    A process takes up to 3 GB, hence no more than four; and a GPU has room for one alone.
+    """
+    if config.args_source != config.ArgsSource.TESTPATHS or os.environ["JAX_PLATFORMS"] != "cpu":
+        return 0
+    count = min(len(os.sched_getaffinity(0)), 4)
+    return count if count > 1 else 0
 
 
 def pytest_configure(config: pytest.Config) -> None:
