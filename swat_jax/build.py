@@ -34,7 +34,7 @@ def build(
       UsageError: an unknown name, or a sparsity that cannot be had.
 
     Example:
-      >>> from swat_jax import functional, config_file
+      >>> from swat_jax import config_file
       >>> config = config_file.load("configs/digits.py:u90")
       >>> model = build(config, num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
       >>> model.stage1[0].conv1.weight_sparsity

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from swat_jax.errors import RunError, UsageError
+from swat_jax.files import replace_text
 
 # What may differ between a run and the run that it goes on from: these keys, and all below them.
 FREE_KEYS = (
@@ -209,7 +210,7 @@ class Checkpointer:
             text = json.dumps({"position": _plain(position), "metrics": numbers})
             path = self.directory / str(step) / _SCORES
             try:
-                _write(path, text)
+                replace_text(path, text)
             except OSError as error:
                 raise RunError(
                     f"cannot write {path}: {error.strerror or error}; the checkpoint itself is "
@@ -332,16 +333,6 @@ class Checkpointer:
             for path in self.directory.iterdir():
                 if path.name.startswith(_TRASH) or ".orbax-checkpoint-tmp" in path.name:
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes beside the file, then renames: whoever reads it finds it whole, or none."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _unreadable(path: Path, error: Exception) -> RunError:

@@ -83,8 +83,10 @@ def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> list[Layer]:
 
 
 def _record_conv(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
-    def conv(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        kwargs.pop("given", None)  # what a SWAT layer tells its own product
+    def conv(
+        x: jax.Array, kernel: jax.Array, *args: Any, given: Any = None, **kwargs: Any
+    ) -> jax.Array:
+        del given  # in which form the input of a SWAT layer came
         y = jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
         groups = kwargs["feature_group_count"]
         records.append(Layer(path, "conv", kernel.shape, x.shape[1:-1], y.shape[1:-1], groups))
@@ -94,8 +96,10 @@ def _record_conv(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
 
 
 def _record_linear(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
-    def dot(x: jax.Array, kernel: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
-        kwargs.pop("given", None)
+    def dot(
+        x: jax.Array, kernel: jax.Array, *args: Any, given: Any = None, **kwargs: Any
+    ) -> jax.Array:
+        del given
         records.append(Layer(path, "linear", kernel.shape, x.shape[1:-1], x.shape[1:-1]))
         return jax.lax.dot_general(x, kernel, *args, **kwargs)
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from swat_jax.errors import RunError
+from swat_jax.files import replace_text
 
 Kind = Literal["train", "eval"]
 
@@ -102,7 +103,7 @@ class MetricsWriter:
                 if _step_of(line) <= step and (scored or not _is_score_of(line, step))
             ]
             self._file.close()
-            _replace(self._lines, "".join(f"{line}\n" for line in kept))
+            replace_text(self._lines, "".join(f"{line}\n" for line in kept))
             self._file = self._lines.open("a", encoding="utf-8")
         except OSError as error:
             raise _cannot_write(self._lines, error) from error
@@ -141,7 +142,7 @@ def write_json(path: str | Path, value: Any) -> None:
     text = json.dumps(_jsonable(value), indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text)
+        replace_text(path, text)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -413,16 +414,6 @@ def _step_of(line: str) -> float:
 def _is_score_of(line: str, step: int) -> bool:
     values = json.loads(line)
     return values["step"] == step and values["kind"] == "eval"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes beside the file, then renames: a reader sees the old one or the new one."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def _jsonable(value: Any) -> Any:

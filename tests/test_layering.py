@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 
 # From the bottom to the top; a folder stands for all that is in it.
 LEVELS = (
-    {"errors"},
+    {"errors", "files"},
     {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data", "native"},
     {"batch_norm", "activations"},
     {"kernels", "config_file"},

@@ -1,0 +1,18 @@
+"""Files that are whole at any moment, however a run ends."""
+
+import os
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes beside the file, then renames: a reader sees the old one, if any, or the new one.
+
+    Raises:
+      OSError: it cannot be written; what was there stays.
+    """
+    beside = path.with_name(f".{path.name}.tmp")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
