@@ -11,32 +11,21 @@ import datetime
 import json
 import pathlib
 import time
-from typing import Any
 
 import jax
-import numpy as np
-
-from swat_jax import config_file, step
-from swat_jax.data import Info
+import training_step
 
 
 def temporary_bytes(name: str, method: str, batch: int, pack: bool | None) -> int:
-    config: Any = config_file.load(f"configs/{name}.py:{method}")
-    config.batch_size, config.precision = batch, "float32"
-    config.sparsity.threshold_every_steps = 1
-    config.sparsity.pack = config.model.fused_batch_norm = pack
-    size, classes = (224, 1000) if name.startswith("imagenet") else (32, 10)
-    info = Info(
-        name="synthetic", num_classes=classes, image_shape=(size, size, 3), num_train=50_000,
-        num_holdout=0, num_test=1, mean=(0.5,) * 3, std=(0.25,) * 3,
-        class_names=tuple(map(str, range(classes))),
-    )  # fmt: skip
-    trainer, make_state = step.make_trainer(config, info, step.make_mesh(1))
-    train_step: Any = trainer.train_step
-    images = jax.ShapeDtypeStruct((batch, size, size, 3), np.uint8)
-    labels = jax.ShapeDtypeStruct((batch,), np.int32)
-    lowered = train_step.lower(jax.eval_shape(make_state), images, labels)
-    return lowered.compile().memory_analysis().temp_size_in_bytes
+    settings = {
+        "sparsity.threshold_every_steps": 1,
+        "sparsity.pack": pack,
+        "model.fused_batch_norm": pack,
+    }
+    found = training_step.make(
+        name, method, batch, precision="float32", settings=settings, only_compile=True
+    )
+    return found.compiled.memory_analysis().temp_size_in_bytes
 
 
 def main() -> None:

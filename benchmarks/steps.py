@@ -17,7 +17,6 @@ import pathlib
 import statistics
 import subprocess
 import sys
-import time
 from typing import Any
 
 NETWORKS = (
@@ -49,59 +48,28 @@ METHODS: dict[str, tuple[str, bool, dict[str, Any]]] = {
 def run(network: str, method: str, steps: int) -> dict[str, Any]:
     """One process's measurement; imports JAX, which the parent must not."""
     import jax
-    import numpy as np
+    import training_step
 
-    from swat_jax import config_file, kernels, step
-    from swat_jax.data import Info
+    from swat_jax import kernels
 
     name, batch = network.split(":")
-    spelled, exact, settings = METHODS[method]
-    config: Any = config_file.load(f"configs/{name}.py:{spelled}")
-    config.batch_size = int(batch)
-    config.precision = "bfloat16"
+    spelled, exact, given = METHODS[method]
+    settings = {key: value for key, value in given.items() if key != "backend"}
     if exact:
-        config.sparsity.threshold_every_steps = 1
-    for key, value in settings.items():
-        if key != "backend":
-            config.update_from_flattened_dict({key: value})
-    size, classes = (224, 1000) if name.startswith("imagenet") else (32, 10)
-    info = Info(
-        name="synthetic", num_classes=classes, image_shape=(size, size, 3),
-        num_train=1_281_167 if size == 224 else 50_000, num_holdout=0, num_test=1,
-        mean=(0.5,) * 3, std=(0.25,) * 3, class_names=tuple(map(str, range(classes))),
-    )  # fmt: skip
-    trainer, make_state = step.make_trainer(config, info, step.make_mesh(1))
-    rng = np.random.default_rng(0)
-    images, labels = step.put_batch(
-        trainer,
-        rng.integers(0, 256, (int(batch), size, size, 3), np.uint8),
-        rng.integers(0, classes, int(batch)).astype(np.int32),
-    )
-    state = make_state()
-    train_step: Any = trainer.train_step
-    compiled = train_step.lower(state, images, labels).compile()
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    zero = jax.device_put(np.int32(0), trainer.replicated)
-
-    def milliseconds(refresh: bool, count: int) -> float:
-        nonlocal state
-        start = time.perf_counter()
-        for _ in range(count):
-            if refresh:
-                state = {**state, "step": zero + 0}
-            state, _ = train_step(state, images, labels)
-        jax.block_until_ready(state)
-        return (time.perf_counter() - start) / count * 1e3
-
-    milliseconds(True, 3)
-    milliseconds(False, 5)
-    period = config.sparsity.threshold_every_steps
-    reused = statistics.median(milliseconds(False, steps // 5) for _ in range(5))
+        settings["sparsity.threshold_every_steps"] = 1
+    measured = training_step.make(name, spelled, int(batch), settings=settings)
+    measured.milliseconds(3, refresh=True)
+    measured.milliseconds(5)
+    period = measured.config.sparsity.threshold_every_steps
+    reused = statistics.median(measured.milliseconds(steps // 5) for _ in range(5))
     refreshed = reused
     if period > 1:
-        refreshed = statistics.median(milliseconds(True, steps // 5) for _ in range(5))
+        refreshed = statistics.median(
+            measured.milliseconds(steps // 5, refresh=True) for _ in range(5)
+        )
     ms = ((period - 1) * reused + refreshed) / period
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+    temporary = measured.compiled.memory_analysis().temp_size_in_bytes
     return {
         "network": name,
         "batch": int(batch),
