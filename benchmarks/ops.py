@@ -88,10 +88,10 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
         )  # fmt: skip
 
     def exact(_: Any) -> kernels.Selection:
-        return kernels.Selection(words, capacity, True)
+        return kernels.Selection(words, capacity)
 
     def given(stored: Any) -> kernels.Selection:
-        return kernels.Selection(words, capacity, False, stored[0] < 0, stored)
+        return kernels.Selection(words, capacity, stored[0] < 0, stored)
 
     signs = jax.jit(lambda x: kernels.batch_norm_relu(x, vectors, keeps_signs=True, **options))(x)
     positive = signs.positive

@@ -20,8 +20,8 @@ import jax
 import training_step
 
 
-def kernel_times(folder: str) -> list[tuple[str, str, int]]:
-    """(kernel, operation of the program, nanoseconds) of every launch that was traced."""
+def kernel_times(folder: str) -> list[tuple[int, int, str, str]]:
+    """(start, duration, kernel, operation of the program) of every launch, in ns, by time."""
     (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
     found = []
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -31,15 +31,16 @@ def kernel_times(folder: str) -> list[tuple[str, str, int]]:
             if "Stream" not in line.name:
                 continue
             for event in line.events:
-                facts = dict(event.stats)
-                operation = str(facts.get("hlo_op", ""))
-                found.append((event.name, operation, int(event.duration_ns)))
-    return found
+                operation = next((str(v) for key, v in event.stats if key == "hlo_op"), "")
+                found.append((int(event.start_ns), int(event.duration_ns), event.name, operation))
+    return sorted(found)
 
 
 def short(kernel: str) -> str:
     """The name without its arguments."""
-    return kernel.replace("void ", "").split("(")[0][:72]
+    for part in ("void ", "(anonymous namespace)::", "swat::"):
+        kernel = kernel.replace(part, "")
+    return kernel.split("(")[0][:72]
 
 
 def main() -> None:
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--top", type=int, default=40)
     parser.add_argument("--hlo", help="file for the compiled program")
-    parser.add_argument("--launches", help="file for all launches of the last step, as JSON")
+    parser.add_argument("--launches", help="file for all launches, as JSON")
     options = parser.parse_args()
     name, batch = options.network.split(":")
     settings: dict[str, Any] = {}
@@ -70,21 +71,26 @@ def main() -> None:
             measured.milliseconds(options.steps)
         launches = kernel_times(folder)
     if options.launches:
-        rows = [[short(kernel), op, ns] for kernel, op, ns in launches]
-        pathlib.Path(options.launches).write_text(json.dumps(rows))
+        pathlib.Path(options.launches).write_text(json.dumps(launches))
     total: collections.Counter[str] = collections.Counter()
+    idle: collections.Counter[str] = collections.Counter()
     count: collections.Counter[str] = collections.Counter()
-    for kernel, _, nanoseconds in launches:
-        total[short(kernel)] += nanoseconds
-        count[short(kernel)] += 1
-    everything = sum(total.values()) / options.steps / 1e6
+    end = launches[0][0]
+    for start, duration, kernel, _ in launches:
+        name = short(kernel)
+        total[name] += duration
+        idle[name] += max(start - end, 0)
+        count[name] += 1
+        end = max(end, start + duration)
+    per_step = 1 / options.steps / 1e6
     print(
-        f"{options.network} {options.method}: {wall:.2f} ms a step, {everything:.2f} ms of kernels"
+        f"{options.network} {options.method}: {wall:.2f} ms a step, "
+        f"{sum(total.values()) * per_step:.2f} in kernels, {sum(idle.values()) * per_step:.2f} idle"
     )
-    print(f"{'ms':>8} {'launches':>8}  kernel")
-    for kernel, nanoseconds in total.most_common(options.top):
-        number = count[kernel] / options.steps
-        print(f"{nanoseconds / options.steps / 1e6:8.3f} {number:8.0f}  {kernel}")
+    print(f"{'ms':>8} {'idle before':>11} {'launches':>8}  kernel")
+    for name, duration in total.most_common(options.top):
+        number = count[name] / options.steps
+        print(f"{duration * per_step:8.3f} {idle[name] * per_step:11.3f} {number:8.0f}  {name}")
 
 
 if __name__ == "__main__":

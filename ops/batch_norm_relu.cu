@@ -37,11 +37,13 @@ struct Normalize {
   struct Given {
     Octet<T> x, residual;
   };
-  __device__ void request(const Streams<T, 2>& queue, int turn, int64_t i) const {
+  template <typename Queue>
+  __device__ void request(const Queue& queue, int turn, int64_t i) const {
     queue.request(turn, 0, x, i, n, wide);
     if (residual != nullptr) queue.request(turn, 1, residual, i, n, wide);
   }
-  __device__ Octet<T> take(const Streams<T, 2>& queue, int turn, int64_t i) const {
+  template <typename Queue>
+  __device__ Octet<T> take(const Queue& queue, int turn, int64_t i) const {
     Given given;
     given.x = queue.take(turn, 0);
     if (residual != nullptr) given.residual = queue.take(turn, 1);
@@ -95,13 +97,11 @@ struct Normalize {
 };
 
 template <typename T, typename Source>
-__global__ void __launch_bounds__(kThreads) map_kernel(Source source, int64_t n, Gate gate) {
+__global__ void __launch_bounds__(kThreads) map_kernel(Source source, int64_t n) {
   extern __shared__ uint4 dynamic[];
-  if (!gate.is_open()) return;
   source.prepare();
-  for_each_octet<T>(
-      source, n, dynamic, [&](const Octet<T>& octet, int64_t i) { source.keep(octet, i); },
-      [](int) {});
+  for_each_octet<T>(source, n, dynamic,
+                    [&](const Octet<T>& octet, int64_t i) { source.keep(octet, i); });
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -112,9 +112,8 @@ __global__ void __launch_bounds__(kThreads)
   to[channels + c] = parameters.shift(c);
 }
 
-// What is selected: nothing, by thresholds that are known to be exact and to fit, exactly, or as a
-// flag on the device says.
-enum SelectionMode : int64_t { kNothing = 0, kExactFits = 1, kExact = 2, kByFlag = 3 };
+// What is selected: nothing, exactly, or as a flag on the device says.
+enum SelectionMode : int64_t { kNothing = 0, kExact = 1, kByFlag = 2 };
 
 ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer mean,
                            ffi::AnyBuffer variance, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
@@ -151,7 +150,7 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
   PackedShape shape;
   int64_t selections = 0;
   if (selects) {
-    if (mode < 0 || mode > kByFlag) return invalid("batch_norm_relu: mode must be 0 to 3");
+    if (mode < 0 || mode > kByFlag) return invalid("batch_norm_relu: mode must be 0 to 2");
     SWAT_RETURN_IF_ERROR(check_size(kOp, "x", n));
     selections = count_of(*thresholds) / batch;
     if (selections < 1 || selections > kMaxSelections) {
@@ -198,39 +197,26 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
                                                                coefficients);
           SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
         }
-        constexpr size_t kShared = Streams<T, Source::kStreams>::kBytes;
         if (!selects) {
-          SWAT_RETURN_IF_ERROR(cuda_error(kOp, launch(stream, map_kernel<T, Source>, kShared,
-                                                      tiles_of(n), source, n, Gate{})));
+          SWAT_RETURN_IF_ERROR(cuda_error(
+              kOp, launch(stream, map_kernel<T, Source>, Streams<T, Source::kStreams>::kBytes,
+                          tiles_of(n), source, n)));
           continue;
         }
-        const Workspace workspace(memory + coefficient_words, n);
-        const Values<T> made(source.y, n);
-        const Packed<T> packed =
-            shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
-                             offsets->untyped_data(), overflow->untyped_data());
-        const uint8_t* flag =
-            mode == kByFlag ? static_cast<const uint8_t*>(refresh.untyped_data()) + b : nullptr;
-        const Gate exact{flag, true}, given{flag, false};
-        Ranks ranks;
-        ranks.words = static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b * selections;
-        ranks.count = static_cast<int>(selections);
-        Outcome outcome;
-        outcome.thresholds = static_cast<float*>(thresholds->untyped_data()) + b * selections;
-        outcome.capacity = packed.capacity;
-        SWAT_RETURN_IF_ERROR(cuda_error(kOp, workspace.clear(stream)));
+        Selection<T> selection;
+        selection.workspace = memory + coefficient_words;
+        selection.ranks.words =
+            static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b * selections;
+        selection.ranks.count = static_cast<int>(selections);
         if (mode == kByFlag) {
-          outcome.stored = static_cast<const float*>(stored.untyped_data()) + b * selections;
-          SWAT_RETURN_IF_ERROR(cuda_error(kOp, launch(stream, map_kernel<T, Source>, kShared,
-                                                      tiles_of(n), source, n, given)));
-          SWAT_RETURN_IF_ERROR(
-              cuda_error(kOp, pack_given(stream, made, n, given, outcome.stored, ranks.count, packed,
-                                         workspace)));
+          selection.refresh = static_cast<const uint8_t*>(refresh.untyped_data()) + b;
+          selection.stored = static_cast<const float*>(stored.untyped_data()) + b * selections;
         }
-        SWAT_RETURN_IF_ERROR(cuda_error(kOp, select_thresholds<T>(stream, source, made, n, exact,
-                                                                  ranks, workspace, outcome)));
-        SWAT_RETURN_IF_ERROR(cuda_error(kOp, finish_packing(stream, made, n, exact,
-                                                            mode != kExactFits, packed, workspace)));
+        selection.thresholds = static_cast<float*>(thresholds->untyped_data()) + b * selections;
+        selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
+                                            offsets->untyped_data(), overflow->untyped_data());
+        SWAT_RETURN_IF_ERROR(cuda_error(
+            kOp, select<true>(stream, source, Values<T>(source.y, n), n, selection)));
       }
       return ffi::Error::Success();
     };

@@ -1,7 +1,7 @@
 // What the kernels share: float formats, wide loads, block scans, and the checks of the handlers.
 //
 // Work is laid out in octets (8 consecutive values of the flattened tensor, one per thread and one
-// byte of a bitmap), tiles (one octet per thread of a block) and spans (a block's unit of work).
+// byte of a bitmap) and tiles (one octet per thread of a block).
 
 #pragma once
 
@@ -26,8 +26,9 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kOctet = 8;
 constexpr int kTile = kThreads * kOctet;  // TILE in swat_jax/sparsity/packing.py
-constexpr int kSpan = kTile * kWarps;  // a tile for every warp
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+__host__ __device__ inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
 
 // ---- Float formats -----------------------------------------------------------------------------
 
@@ -104,6 +105,33 @@ __device__ __forceinline__ uint32_t least_magnitude<__half>(uint32_t wide) {
              : __half_as_ushort(__float2half_ru(__uint_as_float(wide))) & 0x7fff;
 }
 
+// ---- Octets ------------------------------------------------------------------------------------
+
+template <typename T>
+struct alignas(16) Octet {
+  T v[kOctet];
+};
+
+// A bit for every value whose magnitude is at least `least`, which is 1 or more and at most kNan.
+template <typename T>
+__device__ __forceinline__ uint32_t flags_from(const Octet<T>& octet, uint32_t least) {
+  uint32_t flags = 0;
+  if constexpr (sizeof(T) == 2) {
+    // Two values at a time: the sum reaches the sign's bit if the magnitude reaches `least`.
+    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(&octet);
+    const uint32_t rise = (0x8000u - least) * 0x10001u;
+#pragma unroll
+    for (int pair = 0; pair < kOctet / 2; ++pair) {
+      flags = flags >> 2 | (((pairs[pair] & 0x7fff7fffu) + rise) & 0x80008000u);
+    }
+    flags = (flags >> 24 & 0xaau) | (flags >> 9 & 0x55u);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) flags |= (magnitude(octet.v[j]) >= least ? 1u : 0u) << j;
+  }
+  return flags;
+}
+
 // A limit that magnitudes are compared with. Thresholds travel as float32, which holds those of the
 // narrower formats exactly, and others that lie between two of theirs.
 template <typename T>
@@ -116,17 +144,20 @@ struct Limit {
     constexpr uint32_t kUnsigned = (1u << (8 * sizeof(T) - 1)) - 1;
     return (Format<T>::bits(value) & kUnsigned) >= least;
   }
-  __device__ bool equals(T value) const { return magnitude(to_float(value)) == wide; }
+  __device__ uint32_t flags(const Octet<T>& octet) const { return flags_from(octet, least); }
+  // Of those values the ones that equal it.
+  __device__ uint32_t ties(const Octet<T>& octet) const {
+    uint32_t equal = 0;
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      equal |= (magnitude(to_float(octet.v[j])) == wide ? 1u : 0u) << j;
+    }
+    return equal & flags(octet);
+  }
 };
 
-// ---- Octets ------------------------------------------------------------------------------------
-
-template <typename T>
-struct alignas(16) Octet {
-  T v[kOctet];
-};
-
-// Values i..i+7 of n; what lies beyond counts as 0. `wide`: the array starts at 16 bytes.
+// Values i..i+7 of n; what lies beyond counts as 0. `wide`: the array starts at 16 bytes. They may
+// have been written by this kernel, by any block, before a barrier of the grid.
 template <typename T>
 __device__ __forceinline__ Octet<T> load(const T* from, int64_t i, int64_t n, bool wide) {
   Octet<T> octet;
@@ -135,12 +166,12 @@ __device__ __forceinline__ Octet<T> load(const T* from, int64_t i, int64_t n, bo
     uint4* target = reinterpret_cast<uint4*>(&octet);
 #pragma unroll
     for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) {
-      target[w] = __ldg(source + w);
+      target[w] = __ldcg(source + w);
     }
   } else {
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
-      octet.v[j] = i + j < n ? from[i + j] : from_float<T>(0.f);
+      octet.v[j] = i + j < n ? __ldcg(from + i + j) : from_float<T>(0.f);
     }
   }
   return octet;
@@ -186,9 +217,12 @@ __device__ __forceinline__ uint32_t load_bits(const uint32_t* bitmap, int64_t i,
 // A thread's queues of octets on their way from memory: requested early, used late, so that many are
 // in flight while few registers hold them. They wait in shared memory, where a thread sees only what
 // it asked for itself. Before compute capability 8.0 they are loaded when they are requested.
-template <typename T, int kStreams>
+template <typename T>
+constexpr int kUsualDepth = sizeof(T) == 2 ? 4 : 2;
+
+template <typename T, int kStreams, int kLength = kUsualDepth<T>>
 struct Streams {
-  static constexpr int kDepth = sizeof(T) == 2 ? 4 : 2;
+  static constexpr int kDepth = kLength;
   static constexpr int kPlanes = sizeof(Octet<T>) / sizeof(uint4);
   static constexpr size_t kBytes = sizeof(uint4) * kThreads * kPlanes * kStreams * kDepth;
 
@@ -241,7 +275,54 @@ struct Streams {
   }
 };
 
-// ---- Warps and blocks ------------------------------------------------------------------------------------
+// ---- Sources -----------------------------------------------------------------------------------
+
+// A Source makes values of what it reads: `request` and `take` go through the queues of
+// `for_each_octet`, `peek` reads directly, `keep` stores what was made. Beyond the end it makes zeros.
+
+// Values that lie in memory.
+template <typename T>
+struct Values {
+  static constexpr int kStreams = 1;
+  const T* from;
+  int64_t n;
+  bool wide;
+  Values(const T* from, int64_t n) : from(from), n(n), wide(is_wide(from)) {}
+  __device__ void prepare() {}
+  template <typename Queue>
+  __device__ void request(const Queue& queue, int turn, int64_t i) const {
+    queue.request(turn, 0, from, i, n, wide);
+  }
+  template <typename Queue>
+  __device__ Octet<T> take(const Queue& queue, int turn, int64_t) const {
+    return queue.take(turn, 0);
+  }
+  __device__ Octet<T> peek(int64_t i) const { return load(from, i, n, wide); }
+  __device__ void keep(const Octet<T>&, int64_t) const {}
+};
+
+// Walks over all octets of a Source: `use(octet, i)` for each.
+template <typename T, int kDepth = kUsualDepth<T>, typename Source, typename Use>
+__device__ void for_each_octet(const Source& source, int64_t n, uint4* shared, Use use) {
+  using Queue = Streams<T, Source::kStreams, kDepth>;
+  const Queue queue{shared};
+  const int64_t tiles = tiles_of(n);
+  const auto request = [&](int turn) {
+    const int64_t tile = blockIdx.x + static_cast<int64_t>(turn) * gridDim.x;
+    if (tile < tiles) source.request(queue, turn, tile * kTile + threadIdx.x * kOctet);
+    queue.commit();
+  };
+  for (int turn = 0; turn < Queue::kDepth - 1; ++turn) request(turn);
+  int turn = 0;
+  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
+    request(turn + Queue::kDepth - 1);
+    queue.wait();
+    const int64_t i = tile * kTile + threadIdx.x * kOctet;
+    use(source.take(queue, turn, i), i);
+  }
+}
+
+// ---- Warps and blocks --------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t warp_sum(uint32_t value) {
 #if __CUDA_ARCH__ >= 800
@@ -370,6 +451,15 @@ inline int multiprocessors() {
   return count;
 }
 
+// Whether a block may have as much shared memory.
+inline bool has_shared_memory(size_t bytes) {
+  int device = 0, most = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+             cudaSuccess &&
+         static_cast<size_t>(most) >= bytes;
+}
+
 // Blocks that live as long as there is work: as many as the device holds at once, at most `work`.
 template <typename Kernel>
 cudaError_t resident_blocks(Kernel kernel, size_t shared, int64_t work, unsigned& blocks) {
@@ -385,6 +475,30 @@ cudaError_t resident_blocks(Kernel kernel, size_t shared, int64_t work, unsigned
   const int64_t most = static_cast<int64_t>(std::max(each, 1)) * multiprocessors();
   blocks = static_cast<unsigned>(std::max<int64_t>(std::min(most, work), 1));
   return cudaSuccess;
+}
+
+template <typename Kernel, typename... Args>
+cudaError_t launch(cudaStream_t stream, Kernel kernel, size_t shared, int64_t work,
+                   const Args&... args) {
+  unsigned blocks = 0;
+  const cudaError_t code = resident_blocks(kernel, shared, work, blocks);
+  if (code != cudaSuccess) return code;
+  kernel<<<blocks, kThreads, shared, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+// The same, at most `most` blocks, for a kernel whose blocks wait for each other: all of them run at
+// once, or the launch fails.
+template <typename Kernel, typename... Args>
+cudaError_t launch_together(cudaStream_t stream, Kernel kernel, size_t shared, int64_t work,
+                            unsigned most, Args... args) {
+  unsigned blocks = 0;
+  const cudaError_t code = resident_blocks(kernel, shared, work, blocks);
+  if (code != cudaSuccess) return code;
+  void* pointers[] = {&args...};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel),
+                                     dim3(std::min(blocks, most)), dim3(kThreads), pointers, shared,
+                                     stream);
 }
 
 }  // namespace swat

@@ -23,26 +23,52 @@ ffi::Error pack(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer threshold,
   return with_type(kOp, "x", x.element_type(), [&](auto example) {
     using T = decltype(example);
     for (int64_t b = 0; b < batch; ++b) {
-      const Workspace workspace(
-          static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n), n);
       const Values<T> source(static_cast<const T*>(x.untyped_data()) + b * n, n);
-      const Packed<T> packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
-                                                offsets->untyped_data(), overflow->untyped_data());
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, workspace.clear(stream)));
-      SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp, pack_given(stream, source, n, Gate{},
-                          static_cast<const float*>(threshold.untyped_data()) + b, 1, packed,
-                          workspace)));
-      const Gate never{nullptr, false};
-      SWAT_RETURN_IF_ERROR(
-          cuda_error(kOp, finish_packing(stream, source, n, never, true, packed, workspace)));
+      Selection<T> selection;
+      selection.workspace =
+          static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n);
+      selection.exact = false;
+      selection.stored = static_cast<const float*>(threshold.untyped_data()) + b;
+      selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
+                                          offsets->untyped_data(), overflow->untyped_data());
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, select<true>(stream, source, source, n, selection)));
     }
     return ffi::Error::Success();
   });
 }
 
-// A tile for every warp: its values come to shared memory side by side, and its lanes pick theirs.
-// Values below `least` are left out.
+// A tile is unpacked by one warp, in eight steps of one octet a lane.
+constexpr int kTileSteps = kTile / (32 * kOctet);
+static_assert(kTileSteps == 8);
+
+// The flags of a lane in a tile, and where they lie among those of the tile.
+struct TileFlags {
+  uint32_t flags[2] = {};  // of four steps each
+
+  __device__ __forceinline__ uint32_t operator[](int step) const {
+    return flags[step / 4] >> (8 * (step % 4)) & 0xff;
+  }
+  __device__ __forceinline__ void set(int step, uint32_t found) {
+    flags[step / 4] |= found << (8 * (step % 4));
+  }
+  // Of every step how many flags come before; returns how many there are.
+  __device__ uint32_t rank(uint32_t (&first)[kTileSteps]) const {
+    uint32_t total = 0;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const WarpRanks ranks(flags[half]);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        first[4 * half + k] = total + WarpRanks::of(ranks.before, k);
+        total += WarpRanks::of(ranks.all, k);
+      }
+    }
+    return total;
+  }
+};
+
+// The values of a tile come to shared memory side by side, and its lanes pick theirs. Values below
+// `least` are left out.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     unpack_kernel(Packed<T> packed, const float* least, int64_t n, T* to, bool wide) {
@@ -54,42 +80,43 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t tiles = tiles_of(n);
   const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
   int64_t tile = static_cast<int64_t>(blockIdx.x) * kWarps + warp;
-  Flags next_flags;
+  TileFlags next_flags;
   uint64_t next_offset = 0;
   const auto request = [&](int64_t of) {
-    next_flags.bits = 0;
+    next_flags = TileFlags{};
     if (of >= tiles) return;
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < kTileSteps; ++k) {
       next_flags.set(k, load_bits(packed.bitmap, of * kTile + (k * 32 + lane) * kOctet, n));
     }
     next_offset = __ldg(packed.offsets + of);
   };
   request(tile);
   for (; tile < tiles; tile += step) {
-    const Flags flags = next_flags;
+    const TileFlags flags = next_flags;
     const uint64_t offset = next_offset;
     request(tile + step);
-    const Places places(flags);
+    uint32_t first[kTileSteps];
+    const uint32_t total = flags.rank(first);
     // Several loads are under way before the first is needed.
     constexpr int kAhead = 8;
-    for (uint32_t first = lane; first < places.total; first += 32 * kAhead) {
+    for (uint32_t i = lane; i < total; i += 32 * kAhead) {
       T values[kAhead];
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
         // The same clamp as in the twin: a bitmap that promises too much stays in bounds.
-        const uint64_t at = min(offset + first + 32 * k, packed.capacity - uint64_t{1});
+        const uint64_t at = min(offset + i + 32 * k, packed.capacity - uint64_t{1});
         values[k] = packed.values[at];
       }
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        if (first + 32 * k < places.total) stage[first + 32 * k] = values[k];
+        if (i + 32 * k < total) stage[i + 32 * k] = values[k];
       }
     }
     __syncwarp();
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      uint32_t at = places[k];
+    for (int k = 0; k < kTileSteps; ++k) {
+      uint32_t at = first[k];
       Octet<T> octet;
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
@@ -131,7 +158,8 @@ ffi::Error unpack(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer bit
                                                 offsets.untyped_data(), nullptr);
       T* to = static_cast<T*>(result->untyped_data()) + b * n;
       SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp, launch(stream, unpack_kernel<T>, pack_bytes<T>(), spans_of(n), packed,
+          kOp, launch(stream, unpack_kernel<T>, sizeof(T) * kTile * kWarps,
+                      (tiles_of(n) + kWarps - 1) / kWarps, packed,
                       static_cast<const float*>(least.untyped_data()) + b, n, to, is_wide(to))));
     }
     return ffi::Error::Success();

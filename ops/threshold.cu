@@ -21,18 +21,15 @@ ffi::Error threshold(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer keep,
   return with_type(kOp, "x", x.element_type(), [&](auto example) {
     using T = decltype(example);
     for (int64_t b = 0; b < batch; ++b) {
-      const Workspace workspace(
-          static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n), n);
       const Values<T> values(static_cast<const T*>(x.untyped_data()) + b * n, n);
-      const Gate gate{static_cast<const uint8_t*>(refresh.untyped_data()) + b, true};
-      Ranks ranks;
-      ranks.words = static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b;
-      Outcome outcome;
-      outcome.thresholds = static_cast<float*>(result->untyped_data()) + b;
-      outcome.stored = static_cast<const float*>(stored.untyped_data()) + b;
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, workspace.clear(stream)));
-      SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp, select_thresholds<T>(stream, values, values, n, gate, ranks, workspace, outcome)));
+      Selection<T> selection;
+      selection.workspace =
+          static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n);
+      selection.ranks.words = static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b;
+      selection.refresh = static_cast<const uint8_t*>(refresh.untyped_data()) + b;
+      selection.stored = static_cast<const float*>(stored.untyped_data()) + b;
+      selection.thresholds = static_cast<float*>(result->untyped_data()) + b;
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, select<false>(stream, values, values, n, selection)));
     }
     return ffi::Error::Success();
   });

@@ -479,8 +479,6 @@ def batch_norm_relu(
         )
     if readers < 1:
         raise UsageError(f"readers must be at least 1, got {readers}")
-    everything = (x, scale, bias, residual, statistics, selection)
-    arrays = None
     rule = _NormRule(
         relu=relu,
         epsilon=epsilon,
@@ -489,17 +487,11 @@ def batch_norm_relu(
         returns_input=returns_input,
         adds=residual is not None,
         constant=statistics is not None,
-        capacity=None,
-        fits=False,
     )
-    if selection is not None:
-        rule = dataclasses.replace(rule, capacity=selection.capacity, fits=selection.fits)
-        arrays = (selection.keep, selection.is_refresh, selection.stored)
-    x, scale, bias, residual, statistics, arrays = jax.tree.map(
-        lambda leaf: varying_like(leaf, everything),
-        (x, scale, bias, residual, statistics, arrays),
+    operands = (x, scale, bias, residual, statistics, selection)
+    return _batch_norm_relu(
+        rule, *jax.tree.map(lambda leaf: varying_like(leaf, operands), operands)
     )
-    return _batch_norm_relu(rule, x, scale, bias, residual, statistics, arrays)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -511,15 +503,6 @@ class _NormRule:
     returns_input: bool
     adds: bool  # whether there is a residual
     constant: bool  # whether mean and variance were given
-    capacity: int | None
-    fits: bool
-
-    def selection(self, arrays: tuple[Any, ...] | None) -> kernels.Selection | None:
-        if arrays is None:
-            return None
-        assert self.capacity is not None
-        keep, is_refresh, stored = arrays
-        return kernels.Selection(keep, self.capacity, self.fits, is_refresh, stored)
 
 
 class _NormResiduals(NamedTuple):
@@ -536,9 +519,9 @@ def _batch_norm_relu(
     bias: jax.Array,
     residual: jax.Array | None,
     statistics: tuple[jax.Array, jax.Array] | None,
-    arrays: tuple[Any, ...] | None,
+    selection: kernels.Selection | None,
 ) -> BatchNormOutput:
-    return _norm_forward(rule, x, scale, bias, residual, statistics, arrays)[0]
+    return _norm_forward(rule, x, scale, bias, residual, statistics, selection)[0]
 
 
 def _norm_forward(
@@ -548,7 +531,7 @@ def _norm_forward(
     bias: jax.Array,
     residual: jax.Array | None,
     statistics: tuple[jax.Array, jax.Array] | None,
-    arrays: tuple[Any, ...] | None,
+    selection: kernels.Selection | None,
 ) -> tuple[BatchNormOutput, _NormResiduals]:
     if statistics is None:
         mean, variance = kernels.batch_norm_statistics(x)
@@ -567,7 +550,7 @@ def _norm_forward(
         epsilon=rule.epsilon,
         relu=rule.relu,
         keeps_signs=rule.relu and rule.adds,
-        selection=rule.selection(arrays),
+        selection=selection,
     )
     output = BatchNormOutput(
         y=(result.y,) * rule.readers,
@@ -691,14 +674,12 @@ class _Pool:
     def positions(self, x: jax.Array) -> Iterator[jax.Array]:
         """For every position in the window what is there, of the shape of the result."""
         padded = jnp.pad(x, ((0, 0), *self.padding, (0, 0)), constant_values=-jnp.inf)
+        # As many windows as fit.
+        counts = [
+            (size - width) // step + 1
+            for size, width, step in zip(padded.shape[1:-1], self.window, self.strides, strict=True)
+        ]
         for start in np.ndindex(*self.window):
-            # As many windows as fit.
-            counts = [
-                (size - width) // step + 1
-                for size, width, step in zip(
-                    padded.shape[1:-1], self.window, self.strides, strict=True
-                )
-            ]
             stops = [
                 first + (count - 1) * step + 1
                 for first, count, step in zip(start, counts, self.strides, strict=True)
@@ -710,14 +691,47 @@ class _Pool:
                 (1, *self.strides, 1),
             )
 
-    def scatter(self, dy: jax.Array, start: tuple[int, ...]) -> jax.Array:
-        """The transpose of taking one position of every window."""
-        config = [(0, 0, 0)]
-        for axis, first in enumerate(start):
-            step, (low, _) = self.strides[axis], self.padding[axis]
-            reach = first + (dy.shape[axis + 1] - 1) * step + 1
-            config.append((first - low, self.shape[axis + 1] + low - reach, step - 1))
-        return lax.pad(dy, jnp.zeros((), dy.dtype), [*config, (0, 0, 0)])
+    def spread(self, parts: Sequence[jax.Array]) -> jax.Array:
+        """The transpose of `positions`: adds up what belongs to every position of the windows.
+
+        Values of the input that lie a whole number of strides apart belong to the same positions.
+        So each value adds up few parts only, and the groups are put together afterwards.
+        """
+        axes = range(len(self.window))
+        blocks = [
+            -(-(low + size) // step)
+            for (low, _), size, step in zip(
+                self.padding, self.shape[1:-1], self.strides, strict=True
+            )
+        ]
+        zero = jnp.zeros((), parts[0].dtype)
+
+        def moved(part: jax.Array, start: tuple[int, ...]) -> jax.Array:
+            config = [(0, 0, 0)]
+            for axis in axes:
+                first = start[axis] // self.strides[axis]
+                config.append((first, blocks[axis] - first - part.shape[axis + 1], 0))
+            return lax.pad(part, zero, [*config, (0, 0, 0)])
+
+        groups = []
+        for group in np.ndindex(*self.strides):
+            members = [
+                moved(part, start)
+                for part, start in zip(parts, np.ndindex(*self.window), strict=True)
+                if all(start[axis] % self.strides[axis] == group[axis] for axis in axes)
+            ]
+            nothing = jnp.zeros((self.shape[0], *blocks, self.shape[-1]), zero.dtype)
+            groups.append(functools.reduce(jnp.add, members) if members else nothing)
+        # (group by axis..., N, block by axis..., channels): groups go behind their blocks.
+        y = jnp.stack(groups).reshape(*self.strides, *groups[0].shape)
+        rank = len(axes)
+        order = [rank]
+        for axis in axes:
+            order += [rank + 1 + axis, axis]
+        y = y.transpose(*order, 2 * rank + 1)
+        sizes = [count * step for count, step in zip(blocks, self.strides, strict=True)]
+        y = y.reshape(self.shape[0], *sizes, self.shape[-1])
+        return lax.slice(y, (0, *lows, 0), (self.shape[0], *highs, self.shape[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -737,11 +751,8 @@ def _max_pool_forward(pool: _Pool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _max_pool_backward(pool: _Pool, winner: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     winner, dy = lax.optimization_barrier((winner, dy))
     zero = jnp.zeros((), dy.dtype)
-    parts = [
-        pool.scatter(jnp.where(winner == index, dy, zero), start)
-        for index, start in enumerate(np.ndindex(*pool.window))
-    ]
-    return (functools.reduce(jnp.add, parts),)
+    parts = [jnp.where(winner == index, dy, zero) for index in range(math.prod(pool.window))]
+    return (pool.spread(parts),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -12,6 +12,7 @@ Environment:
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -35,7 +36,7 @@ OPS = ("threshold", "pack", "unpack", "batch_norm")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Sizes that the handlers check: `selection_words` and `Cut::words` in ops/.
-_CONTROL_WORDS, _BINS, _SPAN = 64, 2**15 + 1024, 16384
+_SEARCH_WORDS, _SPAN = 15 + 2 * 2**12 + 3 * 2 * 256, 8192
 _MOST_CHUNKS, _LEAST_ROWS = 396, 128
 # From this many values on the twins would need 64-bit integers.
 _TWIN_LIMIT = 2**31
@@ -141,22 +142,42 @@ def unpack(packed: Packed, least: jax.Array | float | None = None) -> jax.Array:
     return _choose(kernel, packing.unpack, packed, limit)
 
 
-class Selection(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Selection:
     """What is packed of the output of `batch_norm_relu`, for one or two readers.
 
     Attributes:
       keep: uint32 (readers, 2): how many values each of them keeps, in two words.
       capacity: room for packed values, at least 1. What is packed is what any reader keeps.
-      fits: whether no count in ``keep`` is ever larger than ``capacity``.
       is_refresh: scalar boolean; where it is False ``stored`` is used. None: exact always.
       stored: float32 (readers,) thresholds, or None.
     """
 
     keep: jax.Array
-    capacity: int
-    fits: bool
+    capacity: int = dataclasses.field(metadata={"static": True})
     is_refresh: jax.Array | None = None
     stored: jax.Array | None = None
+
+
+def select(x: jax.Array, selection: Selection) -> tuple[Packed, jax.Array]:
+    """The packed form of ``x`` as selected, and the thresholds, one per reader.
+
+    No gradient flows to ``x``.
+    """
+    x = lax.stop_gradient(x)
+
+    def limit(reader: int) -> jax.Array:
+        keep = selection.keep[reader]
+        if selection.is_refresh is None:
+            return threshold(x, keep).astype(jnp.promote_types(x.dtype, jnp.float32))
+        assert selection.stored is not None
+        return refreshed_threshold(selection.is_refresh, x, keep, selection.stored[reader])
+
+    limits = [limit(reader) for reader in range(selection.keep.shape[0])]
+    # NaN is larger than every number here.
+    least = functools.reduce(jnp.fmin, limits)
+    return pack(x, least, selection.capacity), jnp.stack(limits)
 
 
 class Normalized(NamedTuple):
@@ -214,31 +235,28 @@ def batch_norm_relu(
     """
 
     def twin(
-        x: jax.Array, vectors: Vectors, residual: jax.Array | None, arrays: Any
+        x: jax.Array, vectors: Vectors, residual: jax.Array | None, selection: Selection | None
     ) -> tuple[Any, ...]:
         y = batch_norm.normalize(x, vectors, residual, epsilon=epsilon, relu=relu)
         signs = batch_norm.positive(y) if keeps_signs else None
-        if selection is None:
-            return y, signs, None, None
-        return y, signs, *_select(y, selection._replace(**arrays))
+        packed, limits = (None, None) if selection is None else select(y, selection)
+        return y, signs, packed, limits
 
     def kernel(
-        x: jax.Array, vectors: Vectors, residual: jax.Array | None, arrays: Any
+        x: jax.Array, vectors: Vectors, residual: jax.Array | None, selection: Selection | None
     ) -> tuple[Any, ...]:
         rows = _rows(x)
-        chosen = None if selection is None else selection._replace(**arrays)
         words = 0 if _is_fixed(rows.shape[1]) else -(-2 * rows.shape[1] // 64) * 64
         readers, mode, packed_results = 0, 0, [_words(0)] * 4
         keep: Any = _absent(jnp.float32)
         is_refresh: Any = keep
         stored: Any = keep
-        if chosen is not None:
-            keep, readers = chosen.keep, chosen.keep.shape[0]
+        if selection is not None:
+            keep, readers, mode = selection.keep, selection.keep.shape[0], 1
             words += _selection_words(x.size)
-            packed_results = list(_packed_results(x.dtype, x.size, chosen.capacity))
-            mode = 1 if chosen.fits else 2
-            if chosen.is_refresh is not None:
-                mode, is_refresh, stored = 3, chosen.is_refresh, chosen.stored
+            packed_results = list(_packed_results(x.dtype, x.size, selection.capacity))
+            if selection.is_refresh is not None:
+                mode, is_refresh, stored = 2, selection.is_refresh, selection.stored
         results = (
             jax.ShapeDtypeStruct(rows.shape, x.dtype),
             _words(packing.bitmap_words(x.size) if keeps_signs else 0),
@@ -259,15 +277,11 @@ def batch_norm_relu(
         )
         y = y.reshape(x.shape)
         signs = signs if keeps_signs else None
-        if chosen is None:
+        if selection is None:
             return y, signs, None, None
         return y, signs, _packed(parts, x.shape), limits
 
-    arrays = {}
-    if selection is not None:
-        names = ("keep", "is_refresh", "stored")
-        arrays = {name: getattr(selection, name) for name in names}
-    operands = (x, vectors, residual, arrays)
+    operands = (x, vectors, residual, selection)
     if _has_kernel("batch_norm", x.dtype) and x.size:
         return Normalized(*_choose(kernel, twin, *operands))
     return Normalized(*twin(*operands))
@@ -356,23 +370,6 @@ def batch_norm_gradient(
     return _choose(kernel, twin, *operands)
 
 
-def _select(y: jax.Array, selection: Selection) -> tuple[Packed, jax.Array]:
-    """Thresholds and the packed form, by the twins."""
-
-    def exact() -> jax.Array:
-        found = [top_k.threshold(y, keep) for keep in selection.keep]
-        return jnp.stack(found).astype(jnp.promote_types(y.dtype, jnp.float32))
-
-    if selection.is_refresh is None:
-        limits = exact()
-    else:
-        assert selection.stored is not None
-        limits = thresholds.refresh(selection.is_refresh, selection.stored, exact)
-    # NaN is larger than every number here.
-    least = functools.reduce(jnp.fmin, list(limits))
-    return packing.pack(y, least, selection.capacity), limits
-
-
 def _threshold(
     x: jax.Array, keep: top_k.Count, is_refresh: jax.Array, stored: jax.Array
 ) -> jax.Array:
@@ -452,7 +449,7 @@ def _words(count: int) -> jax.ShapeDtypeStruct:
 
 
 def _selection_words(size: int) -> int:
-    return _CONTROL_WORDS + 2 * _BINS + 6 * -(-size // _SPAN)
+    return 2 * _SEARCH_WORDS + 3 * -(-size // _SPAN)
 
 
 def _cut_words(shape: tuple[int, ...]) -> int:

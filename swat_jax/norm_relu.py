@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,12 +124,7 @@ def branch(x: jax.Array, *, readers: Sequence[Any] = (), dense: bool = False) ->
     """
     choice = _Choice(readers, x)
     selection = choice.selection()
-    packed, limits = None, None
-    if selection is not None:
-        limits = [_threshold(x, selection, i) for i in range(len(choice.keeps))]
-        # NaN is larger than every number here.
-        least = functools.reduce(jnp.fmin, limits)
-        packed = kernels.pack(lax.stop_gradient(x), least, selection.capacity)
+    packed, limits = (None, None) if selection is None else kernels.select(x, selection)
     return Branches(
         readers=choice.activations((x,) * len(readers), packed, limits),
         dense=x if dense else None,
@@ -163,7 +157,6 @@ class _Choice:
         return kernels.Selection(
             keep=jnp.stack([jnp.stack(top_k.words(keep)) for keep in self.keeps]),
             capacity=max(reader.activation_capacity(self.size) for reader in self.served),
-            fits=all(isinstance(keep, int) for keep in self.keeps),
             is_refresh=first.threshold_age[...] == 0 if reuses else None,
             stored=jnp.stack(stored).astype(self.wide) if stored else None,
         )
@@ -200,10 +193,3 @@ class _Choice:
         self.keeps.append(keep)
         self.served.append(reader)
         return len(self.keeps) - 1
-
-
-def _threshold(x: jax.Array, selection: kernels.Selection, index: int) -> jax.Array:
-    x, keep = lax.stop_gradient(x), selection.keep[index]
-    if selection.is_refresh is None or selection.stored is None:
-        return kernels.threshold(x, keep).astype(jnp.promote_types(x.dtype, jnp.float32))
-    return kernels.refreshed_threshold(selection.is_refresh, x, keep, selection.stored[index])

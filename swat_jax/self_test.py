@@ -75,7 +75,7 @@ def _batch_norm(dtype: Any) -> str:
         return found
     vectors = batch_norm.Vectors(mean, variance, scale, bias)
     keep = jnp.asarray([[0, _KEEP]], jnp.uint32)
-    selection = kernels.Selection(keep, packing.capacity(_KEEP, x.size), fits=True)
+    selection = kernels.Selection(keep, packing.capacity(_KEEP, x.size))
     result = jax.jit(
         lambda x, residual: kernels.batch_norm_relu(
             x, vectors, residual, keeps_signs=True, selection=selection, **options

@@ -74,7 +74,7 @@ def test_the_gradient_of_a_layer_lowers_to_kernels(cuda, every):
 def test_the_gradient_of_batch_norm_lowers_to_kernels(cuda, monkeypatch):
     x, scale, bias = jnp.ones((2, 4, 4, 24), jnp.bfloat16), jnp.ones(24), jnp.zeros(24)
     kernel = jnp.ones((3, 3, 24, 8), jnp.float32)
-    selection = kernels.Selection(jnp.array([[0, 70]], jnp.uint32), 80, fits=True)
+    selection = kernels.Selection(jnp.array([[0, 70]], jnp.uint32), 80)
 
     def loss(x, kernel):
         out = functional.batch_norm_relu(x, scale, bias, selection=selection)

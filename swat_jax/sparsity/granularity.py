@@ -19,9 +19,9 @@ from swat_jax.sparsity import top_k
 Shape = tuple[int, ...]
 
 
-def _magnitude(kernel: jax.Array) -> jax.Array:
-    """One unit per weight; the score is ``|w|``."""
-    return jnp.abs(kernel)
+def _weight(kernel: jax.Array) -> jax.Array:
+    """One unit per weight, which is its own score: only magnitudes of scores count."""
+    return kernel
 
 
 def _channel_norm(kernel: jax.Array) -> jax.Array:
@@ -44,7 +44,7 @@ def _l1(kernel: jax.Array, axes: range) -> jax.Array:
 
 
 _SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "unstructured": _magnitude,
+    "unstructured": _weight,
     "channel": _channel_norm,
     "filter": _filter_norm,
 }
@@ -63,7 +63,7 @@ def check(granularity: str) -> str:
 
 
 def score(kernel: jax.Array, granularity: str) -> jax.Array:
-    """Score of every unit.
+    """Score of every unit; the larger its magnitude, the sooner the unit survives.
 
     Args:
       kernel: weights, output channels last, input channels before them (HWIO for 2-D).

@@ -62,7 +62,8 @@ def test_scores_and_masks_match_the_oracle(dtype, granularity, data, grid):
     assert score.ndim == kernel.ndim
     np.broadcast_shapes(score.shape, kernel.shape)
     np.testing.assert_array_equal(
-        np.asarray(score, np.float64), np.abs(oracle.widen(kernel)).sum(axis=axes, keepdims=True)
+        np.abs(np.asarray(score, np.float64)),
+        np.abs(oracle.widen(kernel)).sum(axis=axes, keepdims=True),
     )
     expected = oracle.weight_mask(kernel, keep=keep, granularity=granularity)
     assert kept.shape == kernel.shape
