@@ -9,6 +9,16 @@ namespace {
 
 // ---- Forward -----------------------------------------------------------------------------------
 
+// NaN passes, and -0 becomes 0.
+__device__ __forceinline__ float rectified(float value) {
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(value) : "f"(value));
+  return value;
+#else
+  return value <= 0.f ? 0.f : value;
+#endif
+}
+
 // y = relu(x * factor + shift + residual), stored as it is made.
 template <typename T, bool kFixed>
 struct Normalize {
@@ -38,16 +48,16 @@ struct Normalize {
     Octet<T> x, residual;
   };
   template <typename Queue>
-  __device__ void request(const Queue& queue, int turn, int64_t i) const {
-    queue.request(turn, 0, x, i, n, wide);
-    if (residual != nullptr) queue.request(turn, 1, residual, i, n, wide);
+  __device__ void request(const Queue& queue, int turn, int64_t i, bool whole = false) const {
+    queue.request(turn, 0, x, i, n, wide, whole);
+    if (residual != nullptr) queue.request(turn, 1, residual, i, n, wide, whole);
   }
   template <typename Queue>
-  __device__ Octet<T> take(const Queue& queue, int turn, int64_t i) const {
+  __device__ Octet<T> take(const Queue& queue, int turn, int64_t i, bool whole = false) const {
     Given given;
     given.x = queue.take(turn, 0);
     if (residual != nullptr) given.residual = queue.take(turn, 1);
-    return make(given, i, own);
+    return make(given, i, own, whole);
   }
   __device__ Octet<T> peek(int64_t i) const {
     Given given;
@@ -63,9 +73,10 @@ struct Normalize {
         other[1][j] = parameters.shift(c);
       }
     }
-    return make(given, i, other);
+    return make(given, i, other, false);
   }
-  __device__ Octet<T> make(const Given& given, int64_t i, const float (&fixed)[2][kOctet]) const {
+  __device__ Octet<T> make(const Given& given, int64_t i, const float (&fixed)[2][kOctet],
+                           bool whole) const {
     float loaded[2][kOctet];
     if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
     Octet<T> octet;
@@ -74,10 +85,10 @@ struct Normalize {
       float value = kFixed ? normalized(to_float(given.x.v[j]), fixed[0][j], fixed[1][j])
                            : normalized(to_float(given.x.v[j]), loaded[0][j], loaded[1][j]);
       if (residual != nullptr) value += to_float(given.residual.v[j]);
-      if (relu && value <= 0.f) value = 0.f;  // NaN passes
+      if (relu) value = rectified(value);
       octet.v[j] = from_float<T>(value);
     }
-    if (i + kOctet > n) {
+    if (!whole && i + kOctet > n) {
       // What lies beyond the end must not be counted.
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
@@ -86,13 +97,9 @@ struct Normalize {
     }
     return octet;
   }
-  __device__ void keep(const Octet<T>& octet, int64_t i) const {
-    store(octet, y, i, n, wide);
-    if (positive == nullptr) return;
-    uint32_t bits = 0;
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) bits |= (to_float(octet.v[j]) > 0.f ? 1u : 0u) << j;
-    store_bits(positive, i, n, bits);
+  __device__ void keep(const Octet<T>& octet, int64_t i, bool whole = false) const {
+    store(octet, y, i, n, wide, whole);
+    if (positive != nullptr) store_bits(positive, i, n, positive_flags(octet));
   }
 };
 

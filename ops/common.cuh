@@ -132,6 +132,26 @@ __device__ __forceinline__ uint32_t flags_from(const Octet<T>& octet, uint32_t l
   return flags;
 }
 
+// A bit for every value that is greater than 0.
+template <typename T>
+__device__ __forceinline__ uint32_t positive_flags(const Octet<T>& octet) {
+  uint32_t flags = 0;
+  if constexpr (sizeof(T) == 2) {
+    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+    const Pair* pairs = reinterpret_cast<const Pair*>(&octet);
+    const Pair zeros{from_float<T>(0.f), from_float<T>(0.f)};
+#pragma unroll
+    for (int pair = 0; pair < kOctet / 2; ++pair) {
+      flags = flags >> 2 | (__hgt2_mask(pairs[pair], zeros) & 0x80008000u);
+    }
+    flags = (flags >> 24 & 0xaau) | (flags >> 9 & 0x55u);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) flags |= (octet.v[j] > 0 ? 1u : 0u) << j;
+  }
+  return flags;
+}
+
 // A limit that magnitudes are compared with. Thresholds travel as float32, which holds those of the
 // narrower formats exactly, and others that lie between two of theirs.
 template <typename T>
@@ -156,43 +176,48 @@ struct Limit {
   }
 };
 
+// What is rarely needed is not inlined: loops have to fit into the instruction cache.
+template <typename T>
+__device__ __noinline__ Octet<T> load_singly(const T* from, int64_t i, int64_t n) {
+  Octet<T> octet;
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) {
+    octet.v[j] = i + j < n ? __ldcg(from + i + j) : from_float<T>(0.f);
+  }
+  return octet;
+}
+
+template <typename T>
+__device__ __noinline__ void store_singly(Octet<T> octet, T* to, int64_t i, int64_t n) {
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) {
+    if (i + j < n) to[i + j] = octet.v[j];
+  }
+}
+
 // Values i..i+7 of n; what lies beyond counts as 0. `wide`: the array starts at 16 bytes. They may
 // have been written by this kernel, by any block, before a barrier of the grid.
 template <typename T>
 __device__ __forceinline__ Octet<T> load(const T* from, int64_t i, int64_t n, bool wide) {
+  if (!wide || i + kOctet > n) return load_singly(from, i, n);
   Octet<T> octet;
-  if (wide && i + kOctet <= n) {
-    const uint4* source = reinterpret_cast<const uint4*>(from + i);
-    uint4* target = reinterpret_cast<uint4*>(&octet);
+  const uint4* source = reinterpret_cast<const uint4*>(from + i);
+  uint4* target = reinterpret_cast<uint4*>(&octet);
 #pragma unroll
-    for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) {
-      target[w] = __ldcg(source + w);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      octet.v[j] = i + j < n ? __ldcg(from + i + j) : from_float<T>(0.f);
-    }
+  for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) {
+    target[w] = __ldcg(source + w);
   }
   return octet;
 }
 
 template <typename T>
 __device__ __forceinline__ void store(const Octet<T>& octet, T* to, int64_t i, int64_t n,
-                                      bool wide) {
-  if (wide && i + kOctet <= n) {
-    const uint4* source = reinterpret_cast<const uint4*>(&octet);
-    uint4* target = reinterpret_cast<uint4*>(to + i);
+                                      bool wide, bool whole = false) {
+  if (!whole && (!wide || i + kOctet > n)) return store_singly(octet, to, i, n);
+  const uint4* source = reinterpret_cast<const uint4*>(&octet);
+  uint4* target = reinterpret_cast<uint4*>(to + i);
 #pragma unroll
-    for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) {
-      target[w] = source[w];
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      if (i + j < n) to[i + j] = octet.v[j];
-    }
-  }
+  for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) target[w] = source[w];
 }
 
 inline bool is_wide(const void* pointer) {
@@ -232,11 +257,11 @@ struct Streams {
     return memory + ((turn % kDepth * kStreams + stream) * kPlanes + plane) * kThreads +
            threadIdx.x;
   }
-  // Values i..i+7 of n, as in `load`.
-  __device__ void request(int turn, int stream, const T* from, int64_t i, int64_t n,
-                          bool wide) const {
+  // Values i..i+7 of n, as in `load`. `whole`: they are known to be there, and at 16 bytes.
+  __device__ void request(int turn, int stream, const T* from, int64_t i, int64_t n, bool wide,
+                          bool whole = false) const {
 #if __CUDA_ARCH__ >= 800
-    if (wide && i + kOctet <= n) {
+    if (whole || (wide && i + kOctet <= n)) {
 #pragma unroll
       for (int plane = 0; plane < kPlanes; ++plane) {
         const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(slot(turn, stream, plane)));
@@ -275,10 +300,38 @@ struct Streams {
   }
 };
 
+// Stores or counts in shared memory where a condition holds, and moves on. As a branch each of them
+// would cost several times as much.
+template <typename T>
+__device__ __forceinline__ void append_if(uint32_t condition, unsigned& address, T value) {
+  if constexpr (sizeof(T) == 2) {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.shared.b16 [%0], %2; @p add.u32 %0, %0, 2; }"
+        : "+r"(address)
+        : "r"(condition), "h"(static_cast<unsigned short>(Format<T>::bits(value)))
+        : "memory");
+  } else {
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.shared.b32 [%0], %2; @p add.u32 %0, %0, 4; }"
+        : "+r"(address)
+        : "r"(condition), "r"(Format<T>::bits(value))
+        : "memory");
+  }
+}
+
+__device__ __forceinline__ void count_if(uint32_t condition, uint32_t* counter) {
+  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(counter));
+  asm volatile(
+      "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p red.shared.add.u32 [%1], 1; }" ::"r"(condition),
+      "r"(address)
+      : "memory");
+}
+
 // ---- Sources -----------------------------------------------------------------------------------
 
-// A Source makes values of what it reads: `request` and `take` go through the queues of
-// `for_each_octet`, `peek` reads directly, `keep` stores what was made. Beyond the end it makes zeros.
+// A Source makes values of what it reads: `request` and `take` go through a queue, `peek` reads
+// directly, `keep` stores what was made. Beyond the end it makes zeros. `whole`: the octet is known
+// not to reach beyond the end, and `is_wide`.
 
 // Values that lie in memory.
 template <typename T>
@@ -290,34 +343,33 @@ struct Values {
   Values(const T* from, int64_t n) : from(from), n(n), wide(is_wide(from)) {}
   __device__ void prepare() {}
   template <typename Queue>
-  __device__ void request(const Queue& queue, int turn, int64_t i) const {
-    queue.request(turn, 0, from, i, n, wide);
+  __device__ void request(const Queue& queue, int turn, int64_t i, bool whole = false) const {
+    queue.request(turn, 0, from, i, n, wide, whole);
   }
   template <typename Queue>
-  __device__ Octet<T> take(const Queue& queue, int turn, int64_t) const {
+  __device__ Octet<T> take(const Queue& queue, int turn, int64_t, bool = false) const {
     return queue.take(turn, 0);
   }
   __device__ Octet<T> peek(int64_t i) const { return load(from, i, n, wide); }
-  __device__ void keep(const Octet<T>&, int64_t) const {}
+  __device__ void keep(const Octet<T>&, int64_t, bool = false) const {}
 };
 
-// Walks over all octets of a Source: `use(octet, i)` for each.
+// Walks over all octets of a Source: `use(octet, i)` for each. Threads end where their octets end.
 template <typename T, int kDepth = kUsualDepth<T>, typename Source, typename Use>
 __device__ void for_each_octet(const Source& source, int64_t n, uint4* shared, Use use) {
   using Queue = Streams<T, Source::kStreams, kDepth>;
   const Queue queue{shared};
-  const int64_t tiles = tiles_of(n);
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kTile;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kOctet, ahead = i;
   const auto request = [&](int turn) {
-    const int64_t tile = blockIdx.x + static_cast<int64_t>(turn) * gridDim.x;
-    if (tile < tiles) source.request(queue, turn, tile * kTile + threadIdx.x * kOctet);
+    if (ahead < n) source.request(queue, turn, ahead);
     queue.commit();
+    ahead += stride;
   };
   for (int turn = 0; turn < Queue::kDepth - 1; ++turn) request(turn);
-  int turn = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, ++turn) {
+  for (int turn = 0; i < n; i += stride, ++turn) {
     request(turn + Queue::kDepth - 1);
     queue.wait();
-    const int64_t i = tile * kTile + threadIdx.x * kOctet;
     use(source.take(queue, turn, i), i);
   }
 }

@@ -188,10 +188,8 @@ __device__ void count_sampled(const Source& source, int64_t n, const Ranks& rank
                       const uint32_t flags = flags_from(octet, least << kLowBits<T>);
 #pragma unroll
                       for (int j = 0; j < kOctet; ++j) {
-                        if (flags >> j & 1) {
-                          const uint32_t key = magnitude(octet.v[j]) >> kLowBits<T>;
-                          atomicAdd(&counts[min(key - least, kBins - 1u)], 1u);
-                        }
+                        const uint32_t key = magnitude(octet.v[j]) >> kLowBits<T>;
+                        count_if(flags >> j & 1, &counts[min(key - least, kBins - 1u)]);
                       }
                     });
   __syncthreads();
@@ -241,11 +239,11 @@ __device__ void count_digit(const Source& source, int64_t n, int digit, const Ra
 #pragma unroll
                       for (int j = 0; j < kOctet; ++j) {
                         const uint32_t found = magnitude(octet.v[j]);
-                        if (found == 0) continue;  // zeros are never kept
-                        for (int s = 0; s < kinds; ++s) {
-                          if (found >> (shift + width) == prefix[s]) {
-                            atomicAdd(&counts[s * bins + (found >> shift & (bins - 1))], 1u);
-                          }
+#pragma unroll
+                        for (int s = 0; s < kMaxSelections; ++s) {
+                          // Zeros are never kept.
+                          count_if(s < kinds && found != 0 && found >> (shift + width) == prefix[s],
+                                   &counts[s * bins + (found >> shift & (bins - 1))]);
                         }
                       }
                     });

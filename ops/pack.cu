@@ -59,8 +59,8 @@ struct TileFlags {
       const WarpRanks ranks(flags[half]);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
-        first[4 * half + k] = total + WarpRanks::of(ranks.before, k);
-        total += WarpRanks::of(ranks.all, k);
+        first[4 * half + k] = total + ranks.rank(k);
+        total += __shfl_sync(kFullWarp, ranks.total(k), 31);
       }
     }
     return total;

@@ -65,33 +65,39 @@ ffi::Error check_packed(const char* op, ffi::DataType type, int64_t n, int64_t b
 // ---- Ranks -------------------------------------------------------------------------------------
 
 // Of four octets of a thread, a byte of flags each: how many flags the lanes before it have in each
-// (`before`), and the whole warp (`all`); 16 bits an octet.
+// octet, at most 248, and how many this lane has; a byte for each.
 struct WarpRanks {
-  uint64_t before, all;
+  uint32_t before, own = 0;
   __device__ explicit WarpRanks(uint32_t flags) {
-    uint64_t own = 0;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      own |= static_cast<uint64_t>(__popc(flags >> (8 * k) & 0xff)) << (16 * k);
-    }
-    uint64_t sum = own;
+    for (int k = 0; k < 4; ++k) own |= __popc(flags >> (8 * k) & 0xff) << (8 * k);
+    before = __shfl_up_sync(kFullWarp, own, 1);
+    if (lane == 0) before = 0;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
-      const uint64_t other = __shfl_up_sync(kFullWarp, sum, step);
-      if (static_cast<int>(threadIdx.x) % 32 >= step) sum += other;
+      const uint32_t other = __shfl_up_sync(kFullWarp, before, step);
+      if (lane >= step) before += other;
     }
-    all = __shfl_sync(kFullWarp, sum, 31);
-    before = sum - own;
   }
-  static __device__ __forceinline__ uint32_t of(uint64_t four, int k) {
-    return static_cast<uint32_t>(four >> (16 * k)) & 0xffff;
+  __device__ __forceinline__ uint32_t rank(int k) const { return before >> (8 * k) & 0xff; }
+  // In the last lane how many flags the warp has.
+  __device__ __forceinline__ uint32_t total(int k) const {
+    return rank(k) + (own >> (8 * k) & 0xff);
   }
 };
 
-struct PackScratch {
+struct alignas(16) PackScratch {
   uint32_t counts[kSteps][kWarps];  // of flags in the span that is being read
   uint32_t before[kWarps], all[kWarps];  // of counts of other spans, a part for every warp
 };
+
+__device__ __forceinline__ uint32_t sum_of(const uint32_t (&parts)[kWarps]) {
+  static_assert(kWarps == 8);
+  const uint4 low = reinterpret_cast<const uint4*>(parts)[0];
+  const uint4 high = reinterpret_cast<const uint4*>(parts)[1];
+  return low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
+}
 static_assert(kSteps * kWarps == 32 && kSteps == 4);
 
 // Where the flags of a thread lie among those of its span.
@@ -104,7 +110,10 @@ struct SpanRanks {
   __device__ SpanRanks(uint32_t flags, PackScratch& scratch) {
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
     const WarpRanks ranks(flags);
-    if (lane < kSteps) scratch.counts[lane][warp] = WarpRanks::of(ranks.all, lane);
+    if (lane == 31) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k) scratch.counts[k][warp] = ranks.total(k);
+    }
     __syncthreads();
     const uint32_t own = scratch.counts[lane / kWarps][lane % kWarps];
     uint32_t sum = own;
@@ -117,7 +126,7 @@ struct SpanRanks {
     start = sum - own;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      first[k] = __shfl_sync(kFullWarp, start, k * kWarps + warp) + WarpRanks::of(ranks.before, k);
+      first[k] = __shfl_sync(kFullWarp, start, k * kWarps + warp) + ranks.rank(k);
     }
   }
 };
@@ -191,12 +200,14 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
   const auto span_of = [&](int round) {
     return static_cast<int64_t>(round) * gridDim.x + blockIdx.x;
   };
-  const auto index = [&](int round, int step) {
-    return span_of(round) * kSpan + step * kTile + threadIdx.x * kOctet;
+  const auto index = [&](int round) { return span_of(round) * kSpan + threadIdx.x * kOctet; };
+  // Whether a round's span is whole: then nobody has to look for its end.
+  const auto is_whole = [&](int round) {
+    return source.wide && (span_of(round) + 1) * kSpan <= n;
   };
   // Slots of the queue go with the steps, so `step` is its turn.
-  const auto request = [&](int round, int step) {
-    source.request(queue, step, index(round + step / kSteps, step % kSteps));
+  const auto request = [&](int round, int step, bool whole) {
+    source.request(queue, step, index(round) + step * kTile, whole);
     queue.commit();
   };
   // Two spans of a round for every thread, whose counts it adds up.
@@ -222,12 +233,8 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
   uint32_t base = 0;           // values kept in all rounds that were written
   uint32_t held = 0, start = 0;  // of the span on the stage: its total, and SpanRanks::start
   const auto write = [&](int round) {
-    uint32_t place = base;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      place += scratch.before[w];
-      base += scratch.all[w];
-    }
+    const uint32_t place = base + sum_of(scratch.before);
+    base += sum_of(scratch.all);
     for (uint32_t i = threadIdx.x; i < held; i += kThreads) {
       if (place + i < packed.capacity) packed.values[place + i] = stage[i];
     }
@@ -235,28 +242,40 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
     if (warp == 0 && lane % kWarps == 0 && tile < tiles_of(n)) packed.offsets[tile] = place + start;
   };
 
-  for (int step = 0; step < Queue::kDepth - 1; ++step) request(0, step);
+  bool whole = is_whole(0);
+  for (int step = 0; step < Queue::kDepth - 1; ++step) request(0, step, whole);
   uint64_t ties_before = 0;
   int64_t ties_from = 0;
   for (int round = 0; round < rounds; ++round) {
     uint32_t words[2] = {look(round - 1, 0), look(round - 1, 1)};
     Octet<T> octets[kSteps];
     uint32_t flags = 0, ties = 0;
+    const bool next_whole = is_whole(round + 1);
+    const int64_t first = index(round);
+    uint8_t* bitmap = reinterpret_cast<uint8_t*>(packed.bitmap) + first / kOctet;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const int64_t i = index(round, k);
-      request(round, k + Queue::kDepth - 1);
+      constexpr int kAhead = Queue::kDepth - 1;
+      if (k + kAhead < kSteps) {
+        request(round, k + kAhead, whole);
+      } else {
+        request(round + 1, k + kAhead - kSteps, next_whole);
+      }
       queue.wait();
-      octets[k] = source.take(queue, k, i);
-      source.keep(octets[k], i);
+      const int64_t i = first + k * kTile;
+      octets[k] = source.take(queue, k, i, whole);
+      source.keep(octets[k], i, whole);
       const uint32_t found = cut.limit.flags(octets[k]);
       flags |= found << (8 * k);
       if (cut.limits_ties) {
         ties |= cut.limit.ties(octets[k]) << (8 * k);
+      } else if (whole) {
+        bitmap[k * kThreads] = static_cast<uint8_t>(found);
       } else {
         store_bits(packed.bitmap, i, n, found);
       }
     }
+    whole = next_whole;
     if (cut.limits_ties) {
       uint32_t between = 0;  // ties of the spans since the last one of this block
       for (int64_t s = ties_from + threadIdx.x; s < span_of(round) && s < spans; s += kThreads) {
@@ -266,11 +285,11 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
       between = warp_sum(between);
       if (lane == 0) scratch.all[warp] = between;
       __syncthreads();
-      for (int w = 0; w < kWarps; ++w) ties_before += scratch.all[w];
+      ties_before += sum_of(scratch.all);
       flags = (flags & ~ties) | first_ties(ties, ties_before, cut.room, scratch);
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
-        store_bits(packed.bitmap, index(round, k), n, flags >> (8 * k) & 0xff);
+        store_bits(packed.bitmap, first + k * kTile, n, flags >> (8 * k) & 0xff);
       }
     }
     sum_counts(round - 1, words);
@@ -282,10 +301,10 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
     __syncthreads();  // the stage is free
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      uint32_t at = ranks.first[k];
+      unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(stage + ranks.first[k]));
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
-        if (flags >> (8 * k + j) & 1) stage[at++] = octets[k].v[j];
+        append_if(flags & 1u << (8 * k + j), address, octets[k].v[j]);
       }
     }
     held = ranks.total;

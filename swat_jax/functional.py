@@ -698,12 +698,9 @@ class _Pool:
         So each value adds up few parts only, and the groups are put together afterwards.
         """
         axes = range(len(self.window))
-        blocks = [
-            -(-(low + size) // step)
-            for (low, _), size, step in zip(
-                self.padding, self.shape[1:-1], self.strides, strict=True
-            )
-        ]
+        lows = [low for low, _ in self.padding]
+        highs = [low + size for low, size in zip(lows, self.shape[1:-1], strict=True)]
+        blocks = [-(-high // step) for high, step in zip(highs, self.strides, strict=True)]
         zero = jnp.zeros((), parts[0].dtype)
 
         def moved(part: jax.Array, start: tuple[int, ...]) -> jax.Array:
