@@ -212,6 +212,7 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
         }
         Selection<T> selection;
         selection.workspace = memory + coefficient_words;
+        selection.n = n;
         selection.ranks.words =
             static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b * selections;
         selection.ranks.count = static_cast<int>(selections);
@@ -222,8 +223,9 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
         selection.thresholds = static_cast<float*>(thresholds->untyped_data()) + b * selections;
         selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
                                             offsets->untyped_data(), overflow->untyped_data());
-        SWAT_RETURN_IF_ERROR(cuda_error(
-            kOp, select<true>(stream, source, Values<T>(source.y, n), n, selection)));
+        const Values<T> made(source.y, n);
+        SWAT_RETURN_IF_ERROR(cuda_error(kOp, search(stream, source, made, selection)));
+        SWAT_RETURN_IF_ERROR(cuda_error(kOp, pack(stream, source, made, selection)));
       }
       return ffi::Error::Success();
     };

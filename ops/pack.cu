@@ -5,7 +5,7 @@
 namespace swat {
 namespace {
 
-ffi::Error pack(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer threshold,
+ffi::Error pack_op(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer threshold,
                 ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> bitmap,
                 ffi::Result<ffi::AnyBuffer> offsets, ffi::Result<ffi::AnyBuffer> overflow,
                 ffi::Result<ffi::AnyBuffer> scratch) {
@@ -27,11 +27,14 @@ ffi::Error pack(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer threshold,
       Selection<T> selection;
       selection.workspace =
           static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n);
-      selection.exact = false;
-      selection.stored = static_cast<const float*>(threshold.untyped_data()) + b;
+      selection.n = n;
+      // It is only read here.
+      selection.thresholds = static_cast<float*>(threshold.untyped_data()) + b;
       selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
                                           offsets->untyped_data(), overflow->untyped_data());
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, select<true>(stream, source, source, n, selection)));
+      SWAT_RETURN_IF_ERROR(cuda_error(
+          kOp, cudaMemsetAsync(selection.workspace, 0, selection_words(n) * 4, stream)));
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, swat::pack(stream, source, source, selection)));
     }
     return ffi::Error::Success();
   });
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-ffi::Error unpack(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer bitmap,
+ffi::Error unpack_op(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer bitmap,
                   ffi::AnyBuffer offsets, ffi::AnyBuffer least,
                   ffi::Result<ffi::AnyBuffer> result) {
   constexpr const char* kOp = "unpack";
@@ -169,7 +172,7 @@ ffi::Error unpack(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer bit
 }  // namespace
 }  // namespace swat
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_pack, swat::pack,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_pack, swat::pack_op,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()   // x
@@ -181,7 +184,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_pack, swat::pack,
                                   .Ret<xla::ffi::AnyBuffer>(),  // scratch
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_unpack, swat::unpack,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_unpack, swat::unpack_op,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()   // values

@@ -3,7 +3,8 @@
 // Work is dealt out in spans of a few tiles, a round at a time: one span for every block. Where the
 // values of a span go depends on how many all spans before it keep. Each block publishes the count
 // of its span and goes on with the next round; at its end the counts of the round before have long
-// arrived, and what was kept there leaves shared memory for its place.
+// arrived, and what was kept there leaves shared memory for its place. Until then every warp keeps
+// what it found to itself, so that the warps of a block meet once a round only.
 
 #pragma once
 
@@ -11,10 +12,16 @@
 
 namespace swat {
 
-constexpr int kSteps = 4;  // tiles of a span
-constexpr int64_t kSpan = kSteps * kTile;  // _SPAN in swat_jax/kernels.py
+template <typename T>
+constexpr int kSteps = sizeof(T) == 2 ? 4 : 2;  // tiles of a span
+template <typename T>
+constexpr int kSpan = kSteps<T> * kTile;
+constexpr int kLeastSpan = 2 * kTile;  // _SPAN in swat_jax/kernels.py
 constexpr unsigned kMostBlocks = 2 * kThreads;  // of a grid that packs: two counts for a thread
-__host__ __device__ inline int64_t spans_of(int64_t n) { return (n + kSpan - 1) / kSpan; }
+template <typename T>
+__host__ __device__ int64_t spans_of(int64_t n) {
+  return (n + kSpan<T> - 1) / kSpan<T>;
+}
 
 template <typename T>
 struct Packed {
@@ -64,7 +71,7 @@ ffi::Error check_packed(const char* op, ffi::DataType type, int64_t n, int64_t b
 
 // ---- Ranks -------------------------------------------------------------------------------------
 
-// Of four octets of a thread, a byte of flags each: how many flags the lanes before it have in each
+// Of up to four octets of a thread, a byte of flags each: how many flags the lanes before it have in each
 // octet, at most 248, and how many this lane has; a byte for each.
 struct WarpRanks {
   uint32_t before, own = 0;
@@ -88,48 +95,28 @@ struct WarpRanks {
 };
 
 struct alignas(16) PackScratch {
-  uint32_t counts[kSteps][kWarps];  // of flags in the span that is being read
-  uint32_t before[kWarps], all[kWarps];  // of counts of other spans, a part for every warp
+  // Of two rounds, since some warps may still read what was written in the round before.
+  uint32_t counts[2][32];  // of flags in the span that is being read, by tile and warp
+  uint32_t before[2][kWarps], all[2][kWarps];  // of counts of other spans, a part for every warp
 };
+static_assert(kWarps == 8 && kSteps<__half> == 4 && kSteps<float> < 4);
 
 __device__ __forceinline__ uint32_t sum_of(const uint32_t (&parts)[kWarps]) {
-  static_assert(kWarps == 8);
   const uint4 low = reinterpret_cast<const uint4*>(parts)[0];
   const uint4 high = reinterpret_cast<const uint4*>(parts)[1];
   return low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
 }
-static_assert(kSteps * kWarps == 32 && kSteps == 4);
 
-// Where the flags of a thread lie among those of its span.
-struct SpanRanks {
-  uint32_t first[kSteps];  // of every step: how many flags of the span come before
-  uint32_t total;
-  uint32_t start;  // in lane k * kWarps: how many come before tile k
-
-  // All threads of a block; meets the others once, so what was written before can be read.
-  __device__ SpanRanks(uint32_t flags, PackScratch& scratch) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-    const WarpRanks ranks(flags);
-    if (lane == 31) {
+// Exclusive prefix sum over the lanes of a warp.
+__device__ __forceinline__ uint32_t warp_scan(uint32_t value) {
+  uint32_t sum = value;
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) scratch.counts[k][warp] = ranks.total(k);
-    }
-    __syncthreads();
-    const uint32_t own = scratch.counts[lane / kWarps][lane % kWarps];
-    uint32_t sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullWarp, sum, step);
-      if (lane >= step) sum += other;
-    }
-    total = __shfl_sync(kFullWarp, sum, 31);
-    start = sum - own;
-#pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      first[k] = __shfl_sync(kFullWarp, start, k * kWarps + warp) + ranks.rank(k);
-    }
+  for (int step = 1; step < 32; step *= 2) {
+    const uint32_t other = __shfl_up_sync(kFullWarp, sum, step);
+    if (static_cast<int>(threadIdx.x) % 32 >= step) sum += other;
   }
-};
+  return sum - value;
+}
 
 // ---- Packing -----------------------------------------------------------------------------------
 
@@ -140,33 +127,33 @@ constexpr uint32_t kPublished = 1u << 31;
 template <typename T>
 __device__ void count_ties(const Values<T>& made, int64_t n, const Limit<T>& limit, uint32_t* ties,
                            PackScratch& scratch) {
-  for (int64_t span = blockIdx.x; span < spans_of(n); span += gridDim.x) {
+  for (int64_t span = blockIdx.x; span < spans_of<T>(n); span += gridDim.x) {
     uint32_t count = 0;
-    for (int k = 0; k < kSteps; ++k) {
-      const Octet<T> octet = made.peek(span * kSpan + k * kTile + threadIdx.x * kOctet);
+    for (int k = 0; k < kSteps<T>; ++k) {
+      const Octet<T> octet = made.peek(span * kSpan<T> + k * kTile + threadIdx.x * kOctet);
       count += __popc(limit.ties(octet));
     }
     count = warp_sum(count);
-    if (threadIdx.x % 32 == 0) scratch.all[threadIdx.x / 32] = count;
+    if (threadIdx.x % 32 == 0) scratch.all[0][threadIdx.x / 32] = count;
     __syncthreads();
-    if (threadIdx.x == 0) {
-      uint32_t total = 0;
-      for (int w = 0; w < kWarps; ++w) total += scratch.all[w];
-      ties[span] = total;
-    }
+    if (threadIdx.x == 0) ties[span] = sum_of(scratch.all[0]);
     __syncthreads();
   }
 }
 
 // Which of a span's ties are among the first `room`; `before` lie in the spans before it.
-__device__ inline uint32_t first_ties(uint32_t flags, uint64_t before, uint32_t room,
-                                      PackScratch& scratch) {
-  const SpanRanks ranks(flags, scratch);
+__device__ __noinline__ inline uint32_t first_ties(uint32_t flags, int steps, uint64_t before,
+                                                   uint32_t room, PackScratch& scratch) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const WarpRanks ranks(flags);
+  uint32_t(&counts)[32] = scratch.counts[0];
+  __syncthreads();
+  for (int k = 0; lane == 31 && k < steps; ++k) counts[k * kWarps + warp] = ranks.total(k);
+  __syncthreads();
+  const uint32_t starts = warp_scan(lane < steps * kWarps ? counts[lane] : 0);
   uint32_t kept = 0;
-#pragma unroll
-  for (int k = 0; k < kSteps; ++k) {
-    uint64_t rank = before + ranks.first[k];
-#pragma unroll
+  for (int k = 0; k < steps; ++k) {
+    uint64_t rank = before + __shfl_sync(kFullWarp, starts, k * kWarps + warp) + ranks.rank(k);
     for (int j = 8 * k; j < 8 * k + 8; ++j) {
       if (flags >> j & 1) kept |= (rank++ < room ? 1u : 0u) << j;
     }
@@ -187,23 +174,25 @@ struct PackLimit {
 // Packs what `source` makes, all blocks of a grid of kMostBlocks at most, which run at once.
 // `counted` has a word for every span, all zeros. Returns, everywhere, how many values were kept.
 template <typename T, int kDepth, typename Source>
-__device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<T>& cut,
+__device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<T>& limit,
                                const Packed<T>& packed, uint32_t* counted, uint4* shared,
                                PackScratch& scratch) {
   using Queue = Streams<T, Source::kStreams, kDepth>;
-  static_assert(kSteps % Queue::kDepth == 0);
+  constexpr int kTiles = kSteps<T>, kValues = kSpan<T>;
+  static_assert(kTiles % Queue::kDepth == 0);
   const Queue queue{shared};
-  T* stage = reinterpret_cast<T*>(shared + Queue::kBytes / sizeof(uint4));
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  const int64_t spans = spans_of(n);
+  constexpr int kPart = kValues / kWarps;
+  T* const stages = reinterpret_cast<T*>(shared + Queue::kBytes / sizeof(uint4)) + warp * kPart;
+  const int64_t spans = spans_of<T>(n);
   const int rounds = static_cast<int>((spans + gridDim.x - 1) / gridDim.x);
   const auto span_of = [&](int round) {
     return static_cast<int64_t>(round) * gridDim.x + blockIdx.x;
   };
-  const auto index = [&](int round) { return span_of(round) * kSpan + threadIdx.x * kOctet; };
+  const auto index = [&](int round) { return span_of(round) * kValues + threadIdx.x * kOctet; };
   // Whether a round's span is whole: then nobody has to look for its end.
   const auto is_whole = [&](int round) {
-    return source.wide && (span_of(round) + 1) * kSpan <= n;
+    return source.wide && (span_of(round) + 1) * kValues <= n;
   };
   // Slots of the queue go with the steps, so `step` is its turn.
   const auto request = [&](int round, int step, bool whole) {
@@ -228,18 +217,30 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
     }
     before = warp_sum(before);
     all = warp_sum(all);
-    if (lane == 0) scratch.before[warp] = before, scratch.all[warp] = all;
+    if (lane == 0) scratch.before[round & 1][warp] = before, scratch.all[round & 1][warp] = all;
   };
-  uint32_t base = 0;           // values kept in all rounds that were written
-  uint32_t held = 0, start = 0;  // of the span on the stage: its total, and SpanRanks::start
+  uint32_t base = 0;  // values kept in all rounds that were written
+  // Of the span on the stage. In lane k * kWarps + w: how many values the part of warp w in tile k
+  // has, and how many come before it.
+  uint32_t held = 0, starts = 0;
   const auto write = [&](int round) {
-    const uint32_t place = base + sum_of(scratch.before);
-    base += sum_of(scratch.all);
-    for (uint32_t i = threadIdx.x; i < held; i += kThreads) {
-      if (place + i < packed.capacity) packed.values[place + i] = stage[i];
+    const uint32_t place = base + sum_of(scratch.before[round & 1]) + starts;
+    base += sum_of(scratch.all[round & 1]);
+    const T* stage = stages + (round & 1) * kValues;
+#pragma unroll
+    for (int k = 0; k < kTiles; ++k) {
+      const uint32_t count = __shfl_sync(kFullWarp, held, k * kWarps + warp);
+      const uint32_t to = __shfl_sync(kFullWarp, place, k * kWarps + warp);
+#pragma unroll 1
+      for (uint32_t i = lane; i < count; i += 32) {
+        if (to + i < packed.capacity) packed.values[to + i] = stage[i];
+      }
+      stage += count;
     }
-    const int64_t tile = span_of(round) * kSteps + lane / kWarps;
-    if (warp == 0 && lane % kWarps == 0 && tile < tiles_of(n)) packed.offsets[tile] = place + start;
+    const int64_t tile = span_of(round) * kTiles + lane / kWarps;
+    if (warp == 0 && lane % kWarps == 0 && lane < kTiles * kWarps && tile < tiles_of(n)) {
+      packed.offsets[tile] = place;
+    }
   };
 
   bool whole = is_whole(0);
@@ -248,27 +249,27 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
   int64_t ties_from = 0;
   for (int round = 0; round < rounds; ++round) {
     uint32_t words[2] = {look(round - 1, 0), look(round - 1, 1)};
-    Octet<T> octets[kSteps];
+    Octet<T> octets[kTiles];
     uint32_t flags = 0, ties = 0;
     const bool next_whole = is_whole(round + 1);
     const int64_t first = index(round);
     uint8_t* bitmap = reinterpret_cast<uint8_t*>(packed.bitmap) + first / kOctet;
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
+    for (int k = 0; k < kTiles; ++k) {
       constexpr int kAhead = Queue::kDepth - 1;
-      if (k + kAhead < kSteps) {
+      if (k + kAhead < kTiles) {
         request(round, k + kAhead, whole);
       } else {
-        request(round + 1, k + kAhead - kSteps, next_whole);
+        request(round + 1, k + kAhead - kTiles, next_whole);
       }
       queue.wait();
       const int64_t i = first + k * kTile;
       octets[k] = source.take(queue, k, i, whole);
       source.keep(octets[k], i, whole);
-      const uint32_t found = cut.limit.flags(octets[k]);
+      const uint32_t found = limit.limit.flags(octets[k]);
       flags |= found << (8 * k);
-      if (cut.limits_ties) {
-        ties |= cut.limit.ties(octets[k]) << (8 * k);
+      if (limit.limits_ties) {
+        ties |= limit.limit.ties(octets[k]) << (8 * k);
       } else if (whole) {
         bitmap[k * kThreads] = static_cast<uint8_t>(found);
       } else {
@@ -276,39 +277,47 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
       }
     }
     whole = next_whole;
-    if (cut.limits_ties) {
+    if (limit.limits_ties) {
       uint32_t between = 0;  // ties of the spans since the last one of this block
       for (int64_t s = ties_from + threadIdx.x; s < span_of(round) && s < spans; s += kThreads) {
-        between += cut.ties[s];
+        between += limit.ties[s];
       }
       ties_from = span_of(round);
       between = warp_sum(between);
-      if (lane == 0) scratch.all[warp] = between;
       __syncthreads();
-      ties_before += sum_of(scratch.all);
-      flags = (flags & ~ties) | first_ties(ties, ties_before, cut.room, scratch);
+      if (lane == 0) scratch.all[0][warp] = between;
+      __syncthreads();
+      ties_before += sum_of(scratch.all[0]);
+      flags = (flags & ~ties) | first_ties(ties, kTiles, ties_before, limit.room, scratch);
 #pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
+      for (int k = 0; k < kTiles; ++k) {
         store_bits(packed.bitmap, first + k * kTile, n, flags >> (8 * k) & 0xff);
       }
     }
-    sum_counts(round - 1, words);
-    const SpanRanks ranks(flags, scratch);
-    if (threadIdx.x == 0 && span_of(round) < spans) {
-      *const_cast<volatile uint32_t*>(counted + span_of(round)) = kPublished | ranks.total;
-    }
-    if (round > 0) write(round - 1);
-    __syncthreads();  // the stage is free
+    const WarpRanks ranks(flags);
+    unsigned address = static_cast<unsigned>(
+        __cvta_generic_to_shared(stages + (round & 1) * kValues));
 #pragma unroll
-    for (int k = 0; k < kSteps; ++k) {
-      unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(stage + ranks.first[k]));
+    for (int k = 0; k < kTiles; ++k) {
+      const uint32_t total = __shfl_sync(kFullWarp, ranks.total(k), 31);
+      unsigned to = address + ranks.rank(k) * sizeof(T);
 #pragma unroll
       for (int j = 0; j < kOctet; ++j) {
-        append_if(flags & 1u << (8 * k + j), address, octets[k].v[j]);
+        append_if(flags & 1u << (8 * k + j), to, octets[k].v[j]);
       }
+      address += total * sizeof(T);
+      if (lane == 0) scratch.counts[round & 1][k * kWarps + warp] = total;
     }
-    held = ranks.total;
-    start = ranks.start;
+    sum_counts(round - 1, words);
+    __syncthreads();
+    const uint32_t found = lane < kTiles * kWarps ? scratch.counts[round & 1][lane] : 0;
+    const uint32_t places = warp_scan(found);
+    if (threadIdx.x == 31 && span_of(round) < spans) {
+      *const_cast<volatile uint32_t*>(counted + span_of(round)) = kPublished | (places + found);
+    }
+    if (round > 0) write(round - 1);
+    held = found;
+    starts = places;
   }
   uint32_t words[2] = {};
   sum_counts(rounds - 1, words);
@@ -320,7 +329,7 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
 
 template <typename T, int kStreams, int kDepth>
 constexpr size_t pack_bytes() {
-  return Streams<T, kStreams, kDepth>::kBytes + sizeof(T) * kSpan;
+  return Streams<T, kStreams, kDepth>::kBytes + 2 * sizeof(T) * kSpan<T>;
 }
 
 }  // namespace swat

@@ -1,10 +1,11 @@
-// Thresholds and packing in one launch: the kernel behind `threshold`, `pack` and `batch_norm_relu`.
+// Thresholds and packing: the kernels behind `threshold`, `pack` and `batch_norm_relu`.
 //
-// It reads from a Source, so that what makes the values (batch norm, say) runs in the same pass. By
-// thresholds that are given it packs in that pass. Exact ones are known after it: a second pass packs
-// what the first made. If more values survive than there is room for, the limit rises to the
-// `capacity`-th largest magnitude, which takes a search and a pass more. What is to be done stands in
-// device memory; all blocks run at once and meet at barriers of the grid.
+// They read from a Source, so that what makes the values (batch norm, say) runs in the same pass.
+// `search_kernel` finds exact thresholds, if they are wanted, and makes the values on the way.
+// `pack_kernel` packs by thresholds: those that were found, from the values that were made; those
+// that were given, in the pass that makes them. If more survive than there is room for,
+// `overflow_kernel` raises the limit to the `capacity`-th largest magnitude and packs again. What is
+// to be done stands in device memory. The blocks of each kernel run at once and wait for each other.
 
 #pragma once
 
@@ -13,118 +14,150 @@
 
 namespace swat {
 
+// Device state of one selection. It starts as zeros.
+struct Control {
+  Search searches[2];  // of search_kernel and overflow_kernel
+  uint32_t wanted;     // how many values the thresholds asked for
+};
+
 // Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
 inline int64_t selection_words(int64_t n) {
-  return 2 * sizeof(Search) / sizeof(uint32_t) + 3 * spans_of(n);
+  return sizeof(Control) / sizeof(uint32_t) + 3 * ((n + kLeastSpan - 1) / kLeastSpan);
 }
 
 template <typename T>
 struct Selection {
   uint32_t* workspace;
+  int64_t n;
   Ranks ranks;
-  const uint8_t* refresh = nullptr;  // says whether thresholds are exact; null: as `exact`
-  bool exact = true;
-  const float* stored = nullptr;  // the thresholds otherwise
-  float* thresholds = nullptr;    // those in use; may be absent
-  Packed<T> packed;               // of several thresholds the smallest decides
+  const uint8_t* refresh = nullptr;  // says whether thresholds are exact; null: they are
+  const float* stored = nullptr;     // the thresholds otherwise
+  float* thresholds = nullptr;       // those in use
+  Packed<T> packed;                  // of several thresholds the smallest decides
+
+  __device__ bool is_exact() const { return refresh == nullptr || *refresh != 0; }
+  __device__ Control* control() const { return reinterpret_cast<Control*>(workspace); }
+  // A word for every span: counts in pack_kernel, in overflow_kernel, and of ties there.
+  __device__ uint32_t* counts(int which) const {
+    return workspace + sizeof(Control) / sizeof(uint32_t) + which * spans_of<T>(n);
+  }
 };
 
-template <typename T, typename Source, bool kPacks, int kDepth>
-constexpr size_t selection_bytes() {
-  constexpr size_t kSearch = kCountBytes + Streams<T, Source::kStreams, kDepth>::kBytes;
-  return kPacks ? std::max(kSearch, pack_bytes<T, Source::kStreams, kDepth>()) : kSearch;
-}
-
 // `made` is where `source` keeps what it makes.
-template <typename T, typename Source, bool kPacks, int kDepth>
-__global__ void __launch_bounds__(kThreads, kPacks ? 2 : 3)
-    select_kernel(Source source, Values<T> made, int64_t n, Selection<T> selection) {
+template <typename T, typename Source, int kDepth>
+__global__ void __launch_bounds__(kThreads, 3)
+    search_kernel(Source source, Values<T> made, Selection<T> selection) {
   extern __shared__ uint4 dynamic[];
-  __shared__ PackScratch scratch;
-  const auto grid = cooperative_groups::this_grid();
-  const bool exact = selection.refresh == nullptr ? selection.exact : *selection.refresh != 0;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  if (!exact && selection.thresholds != nullptr && thread < selection.ranks.count) {
-    selection.thresholds[thread] = selection.stored[thread];
+  const int64_t words = sizeof(Control) / sizeof(uint32_t) + 3 * spans_of<T>(selection.n);
+  for (int64_t i = thread; i < words; i += threads) selection.workspace[i] = 0;
+  if (!selection.is_exact()) {
+    if (thread < selection.ranks.count) selection.thresholds[thread] = selection.stored[thread];
+    return;
   }
-  if (!kPacks && !exact) return;
-  constexpr int64_t kSearchWords = sizeof(Search) / sizeof(uint32_t);
-  const int64_t spans = spans_of(n);
-  for (int64_t i = thread; i < 2 * kSearchWords + 3 * spans; i += threads) {
-    selection.workspace[i] = 0;
-  }
-  Search* search = reinterpret_cast<Search*>(selection.workspace);
-  uint32_t* counted = selection.workspace + 2 * kSearchWords;
+  const auto grid = cooperative_groups::this_grid();
   source.prepare();
   grid.sync();
-  if (exact) {
-    find_thresholds<T, kDepth>(grid, source, made, n, selection.ranks, true, search, selection.thresholds,
-                       dynamic);
+  find_thresholds<T, kDepth>(grid, source, made, selection.n, selection.ranks, true,
+                             &selection.control()->searches[0], selection.thresholds, dynamic);
+}
+
+template <typename T, typename Source, int kDepth>
+__global__ void __launch_bounds__(kThreads, SWAT_PB)
+    pack_kernel(Source source, Values<T> made, Selection<T> selection) {
+  extern __shared__ uint4 dynamic[];
+  __shared__ PackScratch scratch;
+  const Packed<T> packed = selection.packed;
+  float smallest = selection.thresholds[0];
+  for (int s = 1; s < selection.ranks.count; ++s) {
+    if (magnitude(selection.thresholds[s]) < magnitude(smallest)) smallest = selection.thresholds[s];
   }
-  if constexpr (kPacks) {
-    const Packed<T> packed = selection.packed;
-    uint32_t wanted, kept;
-    bool is_packed = false, rises;
-    if (exact) {
-      wanted = search->above + search->at;
-      rises = search->above > packed.capacity;
-    } else {
-      float smallest = selection.stored[0];
-      for (int s = 1; s < selection.ranks.count; ++s) {
-        if (magnitude(selection.stored[s]) < magnitude(smallest)) smallest = selection.stored[s];
-      }
-      const PackLimit<T> cut{Limit<T>(smallest)};
-      kept = wanted = pack_spans<T, kDepth>(source, n, cut, packed, counted, dynamic, scratch);
-      rises = wanted > packed.capacity;
-      is_packed = !rises;
-    }
-    if (rises) {
-      grid.sync();  // all values are made
-      ++search;
-      Ranks ranks;
-      ranks.constant = packed.capacity;
-      find_thresholds<T, kDepth>(grid, made, made, n, ranks, false, search, nullptr, dynamic);
-    }
-    if (!is_packed) {
-      PackLimit<T> cut{Limit<T>(search->limit)};
-      uint32_t* ties = counted + 2 * spans;
-      kept = search->above + search->at;
-      if (kept > packed.capacity) {
-        cut.limits_ties = true;
-        cut.room = packed.capacity - search->above;
-        cut.ties = ties;
-        kept = packed.capacity;
-        count_ties(made, n, cut.limit, ties, scratch);
-        grid.sync();
-      }
-      pack_spans<T, kDepth>(made, n, cut, packed, counted + spans, dynamic, scratch);
-    }
-    for (int64_t i = kept + thread; i < packed.capacity; i += threads) {
-      packed.values[i] = from_float<T>(0.f);
-    }
-    if (thread == 0) *packed.overflow = wanted - kept;
+  const PackLimit<T> limit{Limit<T>(smallest)};
+  uint32_t wanted;
+  if (std::is_same_v<Source, Values<T>> || selection.is_exact()) {
+    wanted = pack_spans<T, kDepth>(made, selection.n, limit, packed, selection.counts(0), dynamic,
+                                   scratch);
+  } else {
+    source.prepare();
+    wanted = pack_spans<T, kDepth>(source, selection.n, limit, packed, selection.counts(0), dynamic,
+                                   scratch);
+  }
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (int64_t i = wanted + thread; i < packed.capacity;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    packed.values[i] = from_float<T>(0.f);
+  }
+  if (thread == 0) {
+    selection.control()->wanted = wanted;
+    *packed.overflow = wanted > packed.capacity ? wanted - packed.capacity : 0;
   }
 }
 
-template <bool kPacks, typename T, typename Source>
-cudaError_t select(cudaStream_t stream, const Source& source, const Values<T>& made, int64_t n,
-                   const Selection<T>& selection) {
-  const auto run = [&](auto depth) {
-    constexpr int kDepth = decltype(depth)::value;
-    return launch_together(stream, select_kernel<T, Source, kPacks, kDepth>,
-                           selection_bytes<T, Source, kPacks, kDepth>(),
-                           kPacks ? spans_of(n) : tiles_of(n), kMostBlocks, source, made, n,
-                           selection);
-  };
-  constexpr size_t kMost = selection_bytes<T, Source, kPacks, kUsualDepth<T>>();
-  if constexpr (kMost + sizeof(PackScratch) > 64 * 1024) {
-    // Compute capability 7.5 has that much; it has no queues either.
-    if (!has_shared_memory(kMost + sizeof(PackScratch))) {
-      return run(std::integral_constant<int, 1>{});
-    }
+template <typename T, int kDepth>
+__global__ void __launch_bounds__(kThreads, 2)
+    overflow_kernel(Values<T> made, Selection<T> selection) {
+  extern __shared__ uint4 dynamic[];
+  __shared__ PackScratch scratch;
+  const Packed<T> packed = selection.packed;
+  if (selection.control()->wanted <= packed.capacity) return;
+  const auto grid = cooperative_groups::this_grid();
+  Search* search = &selection.control()->searches[1];
+  Ranks ranks;
+  ranks.constant = packed.capacity;
+  find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search, nullptr, dynamic);
+  PackLimit<T> limit{Limit<T>(search->limit)};
+  limit.limits_ties = true;
+  limit.room = packed.capacity - search->above;
+  limit.ties = selection.counts(2);
+  count_ties(made, selection.n, limit.limit, selection.counts(2), scratch);
+  grid.sync();
+  pack_spans<T, kDepth>(made, selection.n, limit, packed, selection.counts(1), dynamic, scratch);
+}
+
+// ---- Launches ----------------------------------------------------------------------------------
+
+// Calls `run` with how deep queues are, a constant: 1 where a block may not have so much shared
+// memory. That is so up to compute capability 7.5, which has no queues either.
+template <typename T, typename Run>
+cudaError_t with_depth(size_t bytes, Run&& run) {
+  if (has_shared_memory(bytes + sizeof(PackScratch))) {
+    return run(std::integral_constant<int, kUsualDepth<T>>{});
   }
-  return run(std::integral_constant<int, kUsualDepth<T>>{});
+  return run(std::integral_constant<int, 1>{});
+}
+
+template <typename T, typename Source>
+cudaError_t search(cudaStream_t stream, const Source& source, const Values<T>& made,
+                   const Selection<T>& selection) {
+  constexpr int kDepth = kUsualDepth<T>;
+  return launch_together(stream, search_kernel<T, Source, kDepth>,
+                         kCountBytes + Streams<T, Source::kStreams, kDepth>::kBytes,
+                         tiles_of(selection.n), kMostBlocks, source, made, selection);
+}
+
+// `search` or a clear workspace comes before.
+template <typename T, typename Source>
+cudaError_t pack(cudaStream_t stream, const Source& source, const Values<T>& made,
+                 const Selection<T>& selection) {
+  constexpr int kUsual = kUsualDepth<T>, kStreams = Source::kStreams;
+  const int64_t spans = spans_of<T>(selection.n);
+  const cudaError_t code =
+      with_depth<T>(pack_bytes<T, kStreams, kUsual>(), [&](auto depth) {
+        return launch_together(stream, pack_kernel<T, Source, depth.value>,
+                               pack_bytes<T, kStreams, depth.value>(), spans, kMostBlocks, source,
+                               made, selection);
+      });
+  if (code != cudaSuccess) return code;
+  constexpr size_t kSearch = kCountBytes + Streams<T, 1, kUsual>::kBytes;
+  const auto bytes = [](size_t search, size_t pack) { return std::max(search, pack); };
+  return with_depth<T>(bytes(kSearch, pack_bytes<T, 1, kUsual>()), [&](auto depth) {
+    constexpr int kDepth = depth.value;
+    return launch_together(
+        stream, overflow_kernel<T, kDepth>,
+        bytes(kCountBytes + Streams<T, 1, kDepth>::kBytes, pack_bytes<T, 1, kDepth>()), spans,
+        kMostBlocks, made, selection);
+  });
 }
 
 }  // namespace swat

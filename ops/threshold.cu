@@ -25,11 +25,12 @@ ffi::Error threshold(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer keep,
       Selection<T> selection;
       selection.workspace =
           static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n);
+      selection.n = n;
       selection.ranks.words = static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b;
       selection.refresh = static_cast<const uint8_t*>(refresh.untyped_data()) + b;
       selection.stored = static_cast<const float*>(stored.untyped_data()) + b;
       selection.thresholds = static_cast<float*>(result->untyped_data()) + b;
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, select<false>(stream, values, values, n, selection)));
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, search(stream, values, values, selection)));
     }
     return ffi::Error::Success();
   });
