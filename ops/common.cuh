@@ -63,9 +63,12 @@ struct Format<float> {
 };
 
 template <typename T>
+__device__ __forceinline__ uint32_t unsigned_bits(T value) {
+  return Format<T>::bits(value) & ((1u << (8 * sizeof(T) - 1)) - 1);
+}
+template <typename T>
 __device__ __forceinline__ uint32_t magnitude(T value) {
-  constexpr uint32_t kUnsigned = (1u << (8 * sizeof(T) - 1)) - 1;
-  return min(Format<T>::bits(value) & kUnsigned, Format<T>::kNan);
+  return min(unsigned_bits(value), Format<T>::kNan);
 }
 
 __device__ __forceinline__ float to_float(float value) { return value; }
@@ -112,44 +115,54 @@ struct alignas(16) Octet {
   T v[kOctet];
 };
 
+// Eight flags of four pairs, whose halves are all ones or all zeros.
+__device__ __forceinline__ uint32_t flags_of(const uint32_t (&pairs)[kOctet / 2]) {
+  // A byte of each, -1 or 0, times minus its weight.
+  const int low = static_cast<int>(__byte_perm(pairs[0], pairs[1], 0x6420));
+  const int high = static_cast<int>(__byte_perm(pairs[2], pairs[3], 0x6420));
+  constexpr int kLow = static_cast<int>(0xf8fcfeffu), kHigh = static_cast<int>(0x80c0e0f0u);
+  return static_cast<uint32_t>(__dp4a(low, kLow, __dp4a(high, kHigh, 0)));
+}
+
+template <typename T>
+using PairOf = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+
 // A bit for every value whose magnitude is at least `least`, which is 1 or more and at most kNan.
 template <typename T>
 __device__ __forceinline__ uint32_t flags_from(const Octet<T>& octet, uint32_t least) {
-  uint32_t flags = 0;
   if constexpr (sizeof(T) == 2) {
-    // Two values at a time: the sum reaches the sign's bit if the magnitude reaches `least`.
-    const uint32_t* pairs = reinterpret_cast<const uint32_t*>(&octet);
-    const uint32_t rise = (0x8000u - least) * 0x10001u;
+    // Magnitudes above the next smaller one, which is a number; and what is none.
+    const uint32_t bits = (least - 1) * 0x10001u;
+    const PairOf<T> below = *reinterpret_cast<const PairOf<T>*>(&bits);
+    const PairOf<T>* pairs = reinterpret_cast<const PairOf<T>*>(&octet);
+    uint32_t found[kOctet / 2];
 #pragma unroll
-    for (int pair = 0; pair < kOctet / 2; ++pair) {
-      flags = flags >> 2 | (((pairs[pair] & 0x7fff7fffu) + rise) & 0x80008000u);
-    }
-    flags = (flags >> 24 & 0xaau) | (flags >> 9 & 0x55u);
+    for (int p = 0; p < kOctet / 2; ++p) found[p] = __hgtu2_mask(__habs2(pairs[p]), below);
+    return flags_of(found);
   } else {
+    uint32_t flags = 0;
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) flags |= (magnitude(octet.v[j]) >= least ? 1u : 0u) << j;
+    return flags;
   }
-  return flags;
 }
 
 // A bit for every value that is greater than 0.
 template <typename T>
 __device__ __forceinline__ uint32_t positive_flags(const Octet<T>& octet) {
-  uint32_t flags = 0;
   if constexpr (sizeof(T) == 2) {
-    using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
-    const Pair* pairs = reinterpret_cast<const Pair*>(&octet);
-    const Pair zeros{from_float<T>(0.f), from_float<T>(0.f)};
+    const PairOf<T> zeros{from_float<T>(0.f), from_float<T>(0.f)};
+    const PairOf<T>* pairs = reinterpret_cast<const PairOf<T>*>(&octet);
+    uint32_t found[kOctet / 2];
 #pragma unroll
-    for (int pair = 0; pair < kOctet / 2; ++pair) {
-      flags = flags >> 2 | (__hgt2_mask(pairs[pair], zeros) & 0x80008000u);
-    }
-    flags = (flags >> 24 & 0xaau) | (flags >> 9 & 0x55u);
+    for (int p = 0; p < kOctet / 2; ++p) found[p] = __hgt2_mask(pairs[p], zeros);
+    return flags_of(found);
   } else {
+    uint32_t flags = 0;
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) flags |= (octet.v[j] > 0 ? 1u : 0u) << j;
+    return flags;
   }
-  return flags;
 }
 
 // A limit that magnitudes are compared with. Thresholds travel as float32, which holds those of the
@@ -160,10 +173,7 @@ struct Limit {
   uint32_t least;  // magnitude in T, at least 1: zeros are never kept
   __device__ explicit Limit(float threshold)
       : wide(magnitude(threshold)), least(max(least_magnitude<T>(wide), 1u)) {}
-  __device__ bool keeps(T value) const {
-    constexpr uint32_t kUnsigned = (1u << (8 * sizeof(T) - 1)) - 1;
-    return (Format<T>::bits(value) & kUnsigned) >= least;
-  }
+  __device__ bool keeps(T value) const { return unsigned_bits(value) >= least; }
   __device__ uint32_t flags(const Octet<T>& octet) const { return flags_from(octet, least); }
   // Of those values the ones that equal it.
   __device__ uint32_t ties(const Octet<T>& octet) const {

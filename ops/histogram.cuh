@@ -188,8 +188,11 @@ __device__ void count_sampled(const Source& source, int64_t n, const Ranks& rank
                       const uint32_t flags = flags_from(octet, least << kLowBits<T>);
 #pragma unroll
                       for (int j = 0; j < kOctet; ++j) {
-                        const uint32_t key = magnitude(octet.v[j]) >> kLowBits<T>;
-                        count_if(flags >> j & 1, &counts[min(key - least, kBins - 1u)]);
+                        // 16 bits: NaNs may have several keys, all of which become NaN.
+                        const uint32_t key = sizeof(T) == 2
+                                                 ? unsigned_bits(octet.v[j])
+                                                 : magnitude(octet.v[j]) >> kLowBits<T>;
+                        count_if(flags & 1u << j, &counts[min(key - least, kBins - 1u)]);
                       }
                     });
   __syncthreads();

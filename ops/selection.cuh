@@ -14,6 +14,10 @@
 
 namespace swat {
 
+// Groups of a span where shared memory has room for it.
+template <typename T>
+constexpr int kUsualGroups = sizeof(T) == 2 ? 2 : 1;
+
 // Device state of one selection. It starts as zeros.
 struct Control {
   Search searches[2];  // of search_kernel and overflow_kernel
@@ -21,8 +25,11 @@ struct Control {
 };
 
 // Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
-inline int64_t selection_words(int64_t n) {
-  return sizeof(Control) / sizeof(uint32_t) + 3 * ((n + kLeastSpan - 1) / kLeastSpan);
+__host__ __device__ inline int64_t least_spans_of(int64_t n) {
+  return (n + kLeastSpan - 1) / kLeastSpan;
+}
+__host__ __device__ inline int64_t selection_words(int64_t n) {
+  return sizeof(Control) / sizeof(uint32_t) + 3 * least_spans_of(n);
 }
 
 template <typename T>
@@ -39,7 +46,7 @@ struct Selection {
   __device__ Control* control() const { return reinterpret_cast<Control*>(workspace); }
   // A word for every span: counts in pack_kernel, in overflow_kernel, and of ties there.
   __device__ uint32_t* counts(int which) const {
-    return workspace + sizeof(Control) / sizeof(uint32_t) + which * spans_of<T>(n);
+    return workspace + sizeof(Control) / sizeof(uint32_t) + which * least_spans_of(n);
   }
 };
 
@@ -50,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   extern __shared__ uint4 dynamic[];
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t words = sizeof(Control) / sizeof(uint32_t) + 3 * spans_of<T>(selection.n);
+  const int64_t words = selection_words(selection.n);
   for (int64_t i = thread; i < words; i += threads) selection.workspace[i] = 0;
   if (!selection.is_exact()) {
     if (thread < selection.ranks.count) selection.thresholds[thread] = selection.stored[thread];
@@ -63,8 +70,8 @@ __global__ void __launch_bounds__(kThreads, 3)
                              &selection.control()->searches[0], selection.thresholds, dynamic);
 }
 
-template <typename T, typename Source, int kDepth>
-__global__ void __launch_bounds__(kThreads, SWAT_PB)
+template <typename T, typename Source, int kDepth, int kGroups>
+__global__ void __launch_bounds__(kThreads, 2)
     pack_kernel(Source source, Values<T> made, Selection<T> selection) {
   extern __shared__ uint4 dynamic[];
   __shared__ PackScratch scratch;
@@ -76,12 +83,12 @@ __global__ void __launch_bounds__(kThreads, SWAT_PB)
   const PackLimit<T> limit{Limit<T>(smallest)};
   uint32_t wanted;
   if (std::is_same_v<Source, Values<T>> || selection.is_exact()) {
-    wanted = pack_spans<T, kDepth>(made, selection.n, limit, packed, selection.counts(0), dynamic,
-                                   scratch);
+    wanted = pack_spans<T, kDepth, kGroups>(made, selection.n, limit, packed, selection.counts(0),
+                                            dynamic, scratch);
   } else {
     source.prepare();
-    wanted = pack_spans<T, kDepth>(source, selection.n, limit, packed, selection.counts(0), dynamic,
-                                   scratch);
+    wanted = pack_spans<T, kDepth, kGroups>(source, selection.n, limit, packed, selection.counts(0),
+                                            dynamic, scratch);
   }
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t i = wanted + thread; i < packed.capacity;
@@ -94,7 +101,7 @@ __global__ void __launch_bounds__(kThreads, SWAT_PB)
   }
 }
 
-template <typename T, int kDepth>
+template <typename T, int kDepth, int kGroups>
 __global__ void __launch_bounds__(kThreads, 2)
     overflow_kernel(Values<T> made, Selection<T> selection) {
   extern __shared__ uint4 dynamic[];
@@ -110,21 +117,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   limit.limits_ties = true;
   limit.room = packed.capacity - search->above;
   limit.ties = selection.counts(2);
-  count_ties(made, selection.n, limit.limit, selection.counts(2), scratch);
+  count_ties<T, kGroups>(made, selection.n, limit.limit, selection.counts(2), scratch);
   grid.sync();
-  pack_spans<T, kDepth>(made, selection.n, limit, packed, selection.counts(1), dynamic, scratch);
+  pack_spans<T, kDepth, kGroups>(made, selection.n, limit, packed, selection.counts(1), dynamic,
+                                 scratch);
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
 
-// Calls `run` with how deep queues are, a constant: 1 where a block may not have so much shared
-// memory. That is so up to compute capability 7.5, which has no queues either.
+// Calls `run` with how deep queues are and how many groups a span has, both constants. `bytes` of
+// shared memory are needed with the usual ones; up to compute capability 7.5 a block may not have
+// them, and there are no queues either.
 template <typename T, typename Run>
-cudaError_t with_depth(size_t bytes, Run&& run) {
-  if (has_shared_memory(bytes + sizeof(PackScratch))) {
-    return run(std::integral_constant<int, kUsualDepth<T>>{});
-  }
-  return run(std::integral_constant<int, 1>{});
+cudaError_t with_sizes(size_t bytes, Run&& run) {
+  using One = std::integral_constant<int, 1>;
+  if (!has_shared_memory(bytes + sizeof(PackScratch))) return run(One{}, One{});
+  return run(std::integral_constant<int, kUsualDepth<T>>{},
+             std::integral_constant<int, kUsualGroups<T>>{});
 }
 
 template <typename T, typename Source>
@@ -140,23 +149,20 @@ cudaError_t search(cudaStream_t stream, const Source& source, const Values<T>& m
 template <typename T, typename Source>
 cudaError_t pack(cudaStream_t stream, const Source& source, const Values<T>& made,
                  const Selection<T>& selection) {
-  constexpr int kUsual = kUsualDepth<T>, kStreams = Source::kStreams;
-  const int64_t spans = spans_of<T>(selection.n);
-  const cudaError_t code =
-      with_depth<T>(pack_bytes<T, kStreams, kUsual>(), [&](auto depth) {
-        return launch_together(stream, pack_kernel<T, Source, depth.value>,
-                               pack_bytes<T, kStreams, depth.value>(), spans, kMostBlocks, source,
-                               made, selection);
-      });
-  if (code != cudaSuccess) return code;
-  constexpr size_t kSearch = kCountBytes + Streams<T, 1, kUsual>::kBytes;
-  const auto bytes = [](size_t search, size_t pack) { return std::max(search, pack); };
-  return with_depth<T>(bytes(kSearch, pack_bytes<T, 1, kUsual>()), [&](auto depth) {
-    constexpr int kDepth = depth.value;
-    return launch_together(
-        stream, overflow_kernel<T, kDepth>,
-        bytes(kCountBytes + Streams<T, 1, kDepth>::kBytes, pack_bytes<T, 1, kDepth>()), spans,
-        kMostBlocks, made, selection);
+  constexpr int kStreams = Source::kStreams;
+  constexpr size_t kBytes = pack_bytes<T, kStreams, kUsualDepth<T>, kUsualGroups<T>>();
+  static_assert(kBytes >= kCountBytes + Streams<T, 1>::kBytes);  // overflow_kernel searches, too
+  return with_sizes<T>(kBytes, [&](auto depth, auto groups) {
+    constexpr int kDepth = decltype(depth)::value, kGroups = decltype(groups)::value;
+    const int64_t spans = spans_of<T, kGroups>(selection.n);
+    const cudaError_t code = launch_together(
+        stream, pack_kernel<T, Source, kDepth, kGroups>, pack_bytes<T, kStreams, kDepth, kGroups>(),
+        spans, kMostBlocks, source, made, selection);
+    if (code != cudaSuccess) return code;
+    constexpr size_t kSearch = kCountBytes + Streams<T, 1, kDepth>::kBytes;
+    return launch_together(stream, overflow_kernel<T, kDepth, kGroups>,
+                           std::max(kSearch, pack_bytes<T, 1, kDepth, kGroups>()), spans,
+                           kMostBlocks, made, selection);
   });
 }
 

@@ -17,7 +17,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -93,7 +93,7 @@ def refreshed_threshold(
     x = lax.stop_gradient(x)
     if not _has_kernel("threshold", x.dtype) or stored.dtype != jnp.float32:
         return thresholds.refresh(is_refresh, stored, lambda: threshold(x, keep))
-    return _threshold(x, keep, jnp.asarray(is_refresh), stored)
+    return _threshold(x, keep, jnp.asarray(is_refresh), stored, is_state=True)
 
 
 def sparsify(x: jax.Array, threshold: jax.Array | float) -> jax.Array:
@@ -271,6 +271,7 @@ def batch_norm_relu(
             *(vector.astype(jnp.float32) for vector in vectors),
             _absent(x.dtype) if residual is None else _rows(residual),
             *(keep, is_refresh, stored),
+            aliases={8: 6} if mode == 2 else None,
             epsilon=np.float32(epsilon),
             relu=relu,
             mode=np.int64(mode),
@@ -371,13 +372,19 @@ def batch_norm_gradient(
 
 
 def _threshold(
-    x: jax.Array, keep: top_k.Count, is_refresh: jax.Array, stored: jax.Array
+    x: jax.Array,
+    keep: top_k.Count,
+    is_refresh: jax.Array,
+    stored: jax.Array,
+    *,
+    is_state: bool = False,
 ) -> jax.Array:
     def kernel(x: jax.Array, keep: jax.Array, refresh: jax.Array, stored: jax.Array) -> jax.Array:
         limit, _ = _call(
             "threshold",
             (jax.ShapeDtypeStruct((), jnp.float32), _words(_selection_words(x.size))),
             *(x.ravel(), keep, refresh, stored),
+            aliases={3: 0} if is_state else None,
         )
         return limit
 
@@ -404,10 +411,24 @@ def _choose(kernel: Callable[..., Any], twin: Callable[..., Any], *operands: Any
     return lax.platform_dependent(*operands, cuda=kernel, default=twin)
 
 
-def _call(name: str, results: Sequence[Any], *operands: jax.Array, **attributes: Any) -> list[Any]:
-    """The custom call; under `jax.vmap` a leading axis of independent problems."""
+def _call(
+    name: str,
+    results: Sequence[Any],
+    *operands: jax.Array,
+    aliases: Mapping[int, int] | None = None,
+    **attributes: Any,
+) -> list[Any]:
+    """The custom call; under `jax.vmap` a leading axis of independent problems.
+
+    ``aliases`` says which operand a result may take the place of, so that state stays where it is.
+    """
     axes = varying_axes(operands)
-    call = jax.ffi.ffi_call(f"swat_jax_{name}", tuple(results), vmap_method="broadcast_all")
+    call = jax.ffi.ffi_call(
+        f"swat_jax_{name}",
+        tuple(results),
+        vmap_method="broadcast_all",
+        input_output_aliases=dict(aliases or {}),
+    )
     outputs = call(*operands, **attributes)
     # The call loses the information over which mesh axes its results vary.
     if axes:
