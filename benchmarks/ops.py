@@ -95,7 +95,7 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
 
     signs = jax.jit(lambda x: kernels.batch_norm_relu(x, vectors, keeps_signs=True, **options))(x)
     positive = signs.positive
-    sums = kernels.batch_norm_gradient_sums(x, [dy], None, vectors, **options)
+    sums = kernels.batch_norm_gradient_sums(x, [dy], None, vectors, **options)[:2]
     more = {**options, "sums": sums, "count": shape[0]}
     compact = 0.125 + 2 * capacity / size  # bytes a value
 
@@ -120,18 +120,16 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
         ("gradient sums", 4,
          lambda x, dy: kernels.batch_norm_gradient_sums(x, [dy], None, vectors, **options),
          (x, dy)),
-        ("gradient sums + skip", 6.125,
+        ("gradient sums + skip", 8.125,
          lambda x, dy, dy2, signs: kernels.batch_norm_gradient_sums(
-             x, [dy, dy2], signs, vectors, **options),
+             x, [dy, dy2], signs, vectors, keeps_dz=True, **options),
          (x, dy, dy2, positive)),
         ("gradient", 6,
-         lambda x, dy: kernels.batch_norm_gradient(
-             x, [dy], None, vectors, with_residual=False, **more),
+         lambda x, dy: kernels.batch_norm_gradient(x, dy, vectors, **more),
          (x, dy)),
-        ("gradient + skip", 10.125,
-         lambda x, dy, dy2, signs: kernels.batch_norm_gradient(
-             x, [dy, dy2], signs, vectors, with_residual=True, **more),
-         (x, dy, dy2, positive)),
+        ("gradient + through", 8,
+         lambda x, dy, dy2: kernels.batch_norm_gradient(x, dy, vectors, through=dy2, **more),
+         (x, dy, dy2)),
     ]  # fmt: skip
     if slow:
         ops += [

@@ -116,9 +116,23 @@ __global__ void __launch_bounds__(kThreads, 3)
                  });
 }
 
+// Where the gradient passes on: everywhere, where y is positive again, or where a bit says so.
+enum class Mask { kNone, kSign, kBits };
+
+template <typename T>
+struct Gradients {
+  const T* x;
+  const T* dy;
+  const T* dy2;              // may be absent
+  T* dz;                     // may be absent
+  const uint32_t* positive;  // with Mask::kBits
+  Parameters parameters;
+  Mask mask;
+};
+
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
-    gradient_sums_kernel(Gradient<T> gradient, int64_t rows, int64_t channels, int lanes,
+    gradient_sums_kernel(Gradients<T> gradients, int64_t rows, int64_t channels, int lanes,
                          uint32_t* counters, float2* partial, float* sum, float* sum_normalized) {
   extern __shared__ uint4 dynamic[];
   const Walk walk(rows, channels, lanes, V);
@@ -127,18 +141,18 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const uint32_t c = static_cast<uint32_t>(walk.channel + v);
-      mean[v] = gradient.parameters.mean[c];
-      factor[v] = gradient.parameters.factor(c);
-      shift[v] = gradient.parameters.shift(c);
+      mean[v] = gradients.parameters.mean[c];
+      factor[v] = gradients.parameters.factor(c);
+      shift[v] = gradients.parameters.shift(c);
     }
   }
-  const bool two = gradient.dy2 != nullptr;
-  const T* const arrays[3] = {gradient.x, gradient.dy, gradient.dy2};
+  const bool two = gradients.dy2 != nullptr, keeps = gradients.dz != nullptr;
+  const T* const arrays[3] = {gradients.x, gradients.dy, gradients.dy2};
   // The bits of the row after this one are on their way while this one is added.
   const auto bits_of = [&](int64_t row) -> uint32_t {
-    if (gradient.mask != Mask::kBits || row >= walk.end) return ~0u;
+    if (gradients.mask != Mask::kBits || row >= walk.end) return ~0u;
     const int64_t i = row * channels + walk.channel;
-    const uint32_t bits = __ldg(reinterpret_cast<const uint8_t*>(gradient.positive) + i / kOctet);
+    const uint32_t bits = __ldg(reinterpret_cast<const uint8_t*>(gradients.positive) + i / kOctet);
     return V == 1 ? bits >> (i % kOctet) : bits;
   };
   uint32_t ahead[3] = {bits_of(walk.row), bits_of(walk.row + walk.step),
@@ -149,22 +163,35 @@ __global__ void __launch_bounds__(kThreads, 3)
         ahead[0] = ahead[1];
         ahead[1] = ahead[2];
         ahead[2] = bits_of(row + 3 * walk.step);
+        Octet<T> kept;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const float x = to_float(values[0][v]);
           float dz = to_float(values[1][v]);
           if (two) dz += to_float(values[2][v]);
           bool passes = bits >> v & 1;
-          if (gradient.mask == Mask::kSign) {
+          if (gradients.mask == Mask::kSign) {
             passes = to_float(from_float<T>(normalized(x, factor[v], shift[v]))) > 0.f;
           }
           if (!passes) dz = 0.f;
+          if (keeps) {
+            kept.v[v] = from_float<T>(dz);
+            dz = to_float(kept.v[v]);
+          }
           first[v] += dz;
           second[v] = fmaf(dz, x - mean[v], second[v]);
         }
+        if (keeps) {
+          const int64_t i = row * channels + walk.channel;
+          if constexpr (V == 1) {
+            gradients.dz[i] = kept.v[0];
+          } else {
+            store(kept, gradients.dz, i, i + kOctet, true, true);
+          }
+        }
       });
   __syncthreads();
-  const Parameters parameters = gradient.parameters;
+  const Parameters parameters = gradients.parameters;
   sum_columns<V>(first, second, lanes, channels, counters, partial,
                  *reinterpret_cast<ColumnScratch<V>*>(dynamic),
                  [=](int64_t channel, double total, double moment) {
@@ -185,32 +212,41 @@ cudaError_t launch_cut(cudaStream_t stream, Kernel kernel, size_t shared, const 
   return cudaGetLastError();
 }
 
+// Where a problem's counters and partial sums lie in the scratch memory.
+struct CutScratch {
+  uint32_t* counters;
+  float2* partial;
+  CutScratch(ffi::AnyBuffer& scratch, int64_t problem, const Problems& problems)
+      : counters(static_cast<uint32_t*>(scratch.untyped_data()) +
+                 problem * Cut::words(problems.rows, problems.channels)),
+        partial(reinterpret_cast<float2*>(counters + (problems.channels + 1) / 2 * 2)) {}
+  cudaError_t clear(const Cut& cut, cudaStream_t stream) const {
+    return cudaMemsetAsync(counters, 0, cut.columns * sizeof(uint32_t), stream);
+  }
+};
+
 ffi::Error statistics(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> mean,
                       ffi::Result<ffi::AnyBuffer> variance, ffi::Result<ffi::AnyBuffer> scratch) {
   constexpr const char* kOp = "batch_norm_statistics";
-  int64_t batch = 1;
-  SWAT_RETURN_IF_ERROR(split_batch(kOp, "x", x, 2, batch));
-  const auto dims = x.dimensions();
-  const int64_t rows = dims[dims.size() - 2], channels = dims[dims.size() - 1];
-  SWAT_RETURN_IF_ERROR(check_rows(kOp, rows, channels));
-  const int64_t words = Cut::words(rows, channels);
-  SWAT_RETURN_IF_ERROR(check(kOp, "mean", *mean, ffi::F32, batch * channels));
-  SWAT_RETURN_IF_ERROR(check(kOp, "variance", *variance, ffi::F32, batch * channels));
-  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::U32, batch * words));
-  return with_type(kOp, "x", x.element_type(), [&](auto example) {
+  Problems problems;
+  SWAT_RETURN_IF_ERROR(problems.of(kOp, x));
+  const int64_t batch = problems.batch, rows = problems.rows, channels = problems.channels;
+  SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "mean", *mean));
+  SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "variance", *variance));
+  SWAT_RETURN_IF_ERROR(
+      check(kOp, "scratch", *scratch, ffi::U32, batch * Cut::words(rows, channels)));
+  return with_type(kOp, "x", problems.type, [&](auto example) {
     using T = decltype(example);
     for (int64_t b = 0; b < batch; ++b) {
-      const T* from = static_cast<const T*>(x.untyped_data()) + b * rows * channels;
-      uint32_t* counters = static_cast<uint32_t*>(scratch->untyped_data()) + b * words;
+      const T* from = part<T>(x, b * problems.size());
+      const CutScratch memory(*scratch, b, problems);
       const Cut cut(rows, channels, is_wide(from));
-      SWAT_RETURN_IF_ERROR(
-          cuda_error(kOp, cudaMemsetAsync(counters, 0, cut.columns * sizeof(uint32_t), stream)));
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, memory.clear(cut, stream)));
       const bool octets = cut.width == kOctet;
       SWAT_RETURN_IF_ERROR(cuda_error(
           kOp, launch_cut(stream, octets ? statistics_kernel<T, kOctet> : statistics_kernel<T, 1>,
                           octets ? shared_bytes<T, kOctet, 1>() : shared_bytes<T, 1, 1>(), cut, from,
-                          rows, channels, cut.lanes, counters,
-                          reinterpret_cast<float2*>(counters + (channels + 1) / 2 * 2),
+                          rows, channels, cut.lanes, memory.counters, memory.partial,
                           static_cast<float*>(mean->untyped_data()) + b * channels,
                           static_cast<float*>(variance->untyped_data()) + b * channels)));
     }
@@ -223,34 +259,48 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
                          ffi::AnyBuffer variance, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
                          ffi::Result<ffi::AnyBuffer> sum,
                          ffi::Result<ffi::AnyBuffer> sum_normalized,
-                         ffi::Result<ffi::AnyBuffer> scratch, float epsilon, bool relu) {
+                         ffi::Result<ffi::AnyBuffer> dz, ffi::Result<ffi::AnyBuffer> scratch,
+                         float epsilon, bool relu) {
   constexpr const char* kOp = "batch_norm_gradient_sums";
-  GradientShape shape;
-  SWAT_RETURN_IF_ERROR(check_gradient(kOp, x, dy, dy2, positive, mean, variance, scale, bias, shape));
-  const int64_t rows = shape.rows, channels = shape.channels, n = rows * channels;
-  const int64_t words = Cut::words(rows, channels);
-  SWAT_RETURN_IF_ERROR(check(kOp, "sum", *sum, ffi::F32, shape.batch * channels));
+  Problems problems;
+  SWAT_RETURN_IF_ERROR(problems.of(kOp, x));
+  const int64_t batch = problems.batch, rows = problems.rows, channels = problems.channels;
+  const int64_t n = problems.size();
+  const Vectors vectors{mean, variance, scale, bias, epsilon};
+  SWAT_RETURN_IF_ERROR(vectors.check(kOp, problems));
+  SWAT_RETURN_IF_ERROR(check(kOp, "dy", dy, problems.type, batch * n, 2));
+  SWAT_RETURN_IF_ERROR(check_optional(kOp, "dy2", dy2, problems.type, batch * n, 2));
+  SWAT_RETURN_IF_ERROR(check_optional(kOp, "dz", *dz, problems.type, batch * n, 2));
   SWAT_RETURN_IF_ERROR(
-      check(kOp, "sum_normalized", *sum_normalized, ffi::F32, shape.batch * channels));
-  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::U32, shape.batch * words));
-  return with_type(kOp, "x", x.element_type(), [&](auto example) {
+      check_optional(kOp, "positive", positive, ffi::U32, batch * bitmap_words(n), 4));
+  SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "sum", *sum));
+  SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "sum_normalized", *sum_normalized));
+  SWAT_RETURN_IF_ERROR(
+      check(kOp, "scratch", *scratch, ffi::U32, batch * Cut::words(rows, channels)));
+  return with_type(kOp, "x", problems.type, [&](auto example) {
     using T = decltype(example);
-    for (int64_t b = 0; b < shape.batch; ++b) {
-      Gradient<T> gradient(x, dy, dy2, positive, b, n, relu);
-      gradient.parameters = {part<float>(mean, b * channels), part<float>(variance, b * channels),
-                             part<float>(scale, b * channels), part<float>(bias, b * channels),
-                             epsilon};
-      uint32_t* counters = static_cast<uint32_t*>(scratch->untyped_data()) + b * words;
-      const Cut cut(rows, channels, gradient.is_wide());
-      SWAT_RETURN_IF_ERROR(
-          cuda_error(kOp, cudaMemsetAsync(counters, 0, cut.columns * sizeof(uint32_t), stream)));
+    for (int64_t b = 0; b < batch; ++b) {
+      Gradients<T> gradients;
+      gradients.x = part<T>(x, b * n);
+      gradients.dy = part<T>(dy, b * n);
+      gradients.dy2 = part<T>(dy2, b * n);
+      gradients.dz = const_cast<T*>(part<T>(*dz, b * n));
+      gradients.positive = part<uint32_t>(positive, b * bitmap_words(n));
+      gradients.parameters = vectors.of(b, channels);
+      gradients.mask = !relu                             ? Mask::kNone
+                       : gradients.positive != nullptr ? Mask::kBits
+                                                         : Mask::kSign;
+      const CutScratch memory(*scratch, b, problems);
+      const Cut cut(rows, channels,
+                    is_wide(gradients.x) && is_wide(gradients.dy) && is_wide(gradients.dy2) &&
+                        is_wide(gradients.dz));
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, memory.clear(cut, stream)));
       const bool octets = cut.width == kOctet;
       SWAT_RETURN_IF_ERROR(cuda_error(
           kOp,
           launch_cut(stream, octets ? gradient_sums_kernel<T, kOctet> : gradient_sums_kernel<T, 1>,
-                     octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut, gradient,
-                     rows, channels, cut.lanes, counters,
-                     reinterpret_cast<float2*>(counters + (channels + 1) / 2 * 2),
+                     octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut, gradients,
+                     rows, channels, cut.lanes, memory.counters, memory.partial,
                      static_cast<float*>(sum->untyped_data()) + b * channels,
                      static_cast<float*>(sum_normalized->untyped_data()) + b * channels)));
     }
@@ -283,6 +333,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_gradient_sums, swat::gradient_
                                   .Arg<xla::ffi::AnyBuffer>()  // bias
                                   .Ret<xla::ffi::AnyBuffer>()  // sum
                                   .Ret<xla::ffi::AnyBuffer>()  // sum_normalized
+                                  .Ret<xla::ffi::AnyBuffer>()  // dz, or empty
                                   .Ret<xla::ffi::AnyBuffer>()  // scratch
                                   .Attr<float>("epsilon")
                                   .Attr<bool>("relu"),

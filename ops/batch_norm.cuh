@@ -183,61 +183,46 @@ const T* part(ffi::AnyBuffer& buffer, int64_t offset) {
                                      : static_cast<const T*>(buffer.untyped_data()) + offset;
 }
 
-// Where the gradient passes on: everywhere, where y is positive again, or where a bit says so.
-enum class Mask { kNone, kSign, kBits };
-
-template <typename T>
-struct Gradient {
-  const T* x;
-  const T* dy;
-  const T* dy2;              // may be absent
-  const uint32_t* positive;  // with Mask::kBits
-  Parameters parameters;
-  Mask mask;
-
-  Gradient(ffi::AnyBuffer& x, ffi::AnyBuffer& dy, ffi::AnyBuffer& dy2, ffi::AnyBuffer& positive,
-           int64_t problem, int64_t n, bool relu)
-      : x(part<T>(x, problem * n)),
-        dy(part<T>(dy, problem * n)),
-        dy2(part<T>(dy2, problem * n)),
-        positive(part<uint32_t>(positive, problem * bitmap_words(n))),
-        mask(!relu                            ? Mask::kNone
-             : positive.element_count() > 0 ? Mask::kBits
-                                              : Mask::kSign) {}
-  bool is_wide() const { return swat::is_wide(x) && swat::is_wide(dy) && swat::is_wide(dy2); }
-};
-
-struct GradientShape {
-  int64_t batch = 1, rows = 0, channels = 0;
-};
-
 inline ffi::Error check_optional(const char* op, const char* name, ffi::AnyBuffer& buffer,
                                  ffi::DataType type, int64_t count, size_t alignment) {
   if (buffer.element_count() == 0) return ffi::Error::Success();
   return check(op, name, buffer, type, count, alignment);
 }
 
-// The operands that both passes of the backward rule share.
-inline ffi::Error check_gradient(const char* op, ffi::AnyBuffer& x, ffi::AnyBuffer& dy,
-                                 ffi::AnyBuffer& dy2, ffi::AnyBuffer& positive,
-                                 ffi::AnyBuffer& mean, ffi::AnyBuffer& variance,
-                                 ffi::AnyBuffer& scale, ffi::AnyBuffer& bias,
-                                 GradientShape& shape) {
-  SWAT_RETURN_IF_ERROR(split_batch(op, "x", x, 2, shape.batch));
-  const auto dims = x.dimensions();
-  shape.rows = dims[dims.size() - 2];
-  shape.channels = dims[dims.size() - 1];
-  SWAT_RETURN_IF_ERROR(check_rows(op, shape.rows, shape.channels));
-  const int64_t n = shape.rows * shape.channels, values = shape.batch * n;
-  const int64_t per_channel = shape.batch * shape.channels;
-  SWAT_RETURN_IF_ERROR(check(op, "dy", dy, x.element_type(), values, 2));
-  SWAT_RETURN_IF_ERROR(check_optional(op, "dy2", dy2, x.element_type(), values, 2));
-  SWAT_RETURN_IF_ERROR(
-      check_optional(op, "positive", positive, ffi::U32, shape.batch * bitmap_words(n), 4));
-  SWAT_RETURN_IF_ERROR(check(op, "mean", mean, ffi::F32, per_channel));
-  SWAT_RETURN_IF_ERROR(check(op, "variance", variance, ffi::F32, per_channel));
-  SWAT_RETURN_IF_ERROR(check(op, "scale", scale, ffi::F32, per_channel));
-  return check(op, "bias", bias, ffi::F32, per_channel);
-}
+// A batch of (rows, channels) tensors, and what belongs to their channels.
+struct Problems {
+  int64_t batch = 1, rows = 0, channels = 0;
+  ffi::DataType type = ffi::DataType::INVALID;
+
+  int64_t size() const { return rows * channels; }
+  ffi::Error of(const char* op, ffi::AnyBuffer& x) {
+    SWAT_RETURN_IF_ERROR(split_batch(op, "x", x, 2, batch));
+    const auto dims = x.dimensions();
+    rows = dims[dims.size() - 2];
+    channels = dims[dims.size() - 1];
+    type = x.element_type();
+    return check_rows(op, rows, channels);
+  }
+  ffi::Error check_vector(const char* op, const char* name, ffi::AnyBuffer& vector) const {
+    return check(op, name, vector, ffi::F32, batch * channels);
+  }
+};
+
+struct Vectors {
+  ffi::AnyBuffer &mean, &variance, &scale, &bias;
+  float epsilon;
+
+  ffi::Error check(const char* op, const Problems& problems) const {
+    SWAT_RETURN_IF_ERROR(problems.check_vector(op, "mean", mean));
+    SWAT_RETURN_IF_ERROR(problems.check_vector(op, "variance", variance));
+    SWAT_RETURN_IF_ERROR(problems.check_vector(op, "scale", scale));
+    return problems.check_vector(op, "bias", bias);
+  }
+  Parameters of(int64_t problem, int64_t channels) const {
+    const int64_t at = problem * channels;
+    return {part<float>(mean, at), part<float>(variance, at), part<float>(scale, at),
+            part<float>(bias, at), epsilon};
+  }
+};
 
 }  // namespace swat

@@ -134,17 +134,12 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
                            ffi::Result<ffi::AnyBuffer> scratch, float epsilon, bool relu,
                            int64_t mode) {
   constexpr const char* kOp = "batch_norm_relu";
-  int64_t batch = 1;
-  SWAT_RETURN_IF_ERROR(split_batch(kOp, "x", x, 2, batch));
-  const auto dims = x.dimensions();
-  const int64_t rows = dims[dims.size() - 2], channels = dims[dims.size() - 1];
-  SWAT_RETURN_IF_ERROR(check_rows(kOp, rows, channels));
-  const int64_t n = rows * channels;
-  const ffi::DataType type = x.element_type();
-  for (auto [name, buffer] : {std::pair("mean", &mean), std::pair("variance", &variance),
-                              std::pair("scale", &scale), std::pair("bias", &bias)}) {
-    SWAT_RETURN_IF_ERROR(check(kOp, name, *buffer, ffi::F32, batch * channels));
-  }
+  Problems problems;
+  SWAT_RETURN_IF_ERROR(problems.of(kOp, x));
+  const int64_t batch = problems.batch, channels = problems.channels, n = problems.size();
+  const ffi::DataType type = problems.type;
+  const Vectors vectors{mean, variance, scale, bias, epsilon};
+  SWAT_RETURN_IF_ERROR(vectors.check(kOp, problems));
   SWAT_RETURN_IF_ERROR(check_optional(kOp, "residual", residual, type, batch * n, 2));
   SWAT_RETURN_IF_ERROR(check(kOp, "y", *y, type, batch * n, 2));
   if (positive->element_count() > 0) {
@@ -188,9 +183,7 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
                               ? nullptr
                               : static_cast<uint32_t*>(positive->untyped_data()) +
                                     b * bitmap_words(n);
-        source.parameters = {part<float>(mean, b * channels), part<float>(variance, b * channels),
-                             part<float>(scale, b * channels), part<float>(bias, b * channels),
-                             epsilon};
+        source.parameters = vectors.of(b, channels);
         source.n = n;
         source.channels = static_cast<uint32_t>(channels);
         source.relu = relu;
@@ -257,74 +250,57 @@ __device__ inline void gradient_coefficients(const Parameters& parameters, const
   to[3] = -factor * (sums.sum[c] * sums.inverse_count) - slope * parameters.mean[c];
 }
 
+// `finds_sign`: dy passes where y, found again, is positive.
 template <typename T, bool kFixed>
 __global__ void __launch_bounds__(kThreads)
-    gradient_kernel(Gradient<T> gradient, GradientSums sums, const float* coefficients,
-                    const T* through, int64_t n, uint32_t channels, T* dx, T* dresidual, bool wide) {
+    gradient_kernel(const T* from, const T* dys, const T* through, T* to, Parameters parameters,
+                    GradientSums sums, const float* coefficients, int64_t n, uint32_t channels,
+                    bool finds_sign, bool wide) {
   extern __shared__ uint4 dynamic[];
-  using Queue = Streams<T, 4>;
+  using Queue = Streams<T, 3>;
   const Queue queue{dynamic};
   float c[kGradientCoefficients][kOctet];
   if constexpr (kFixed) {
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
       float own[kGradientCoefficients];
-      gradient_coefficients(gradient.parameters, sums, (threadIdx.x * kOctet + j) % channels, own);
+      gradient_coefficients(parameters, sums, (threadIdx.x * kOctet + j) % channels, own);
 #pragma unroll
       for (int k = 0; k < kGradientCoefficients; ++k) c[k][j] = own[k];
     }
   }
-  const int64_t tiles = (n + kTile - 1) / kTile;
-  const auto index = [&](int turn) {
-    return (blockIdx.x + static_cast<int64_t>(turn) * gridDim.x) * kTile + threadIdx.x * kOctet;
-  };
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * kTile;
+  int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kOctet, ahead = i;
   const auto request = [&](int turn) {
-    const int64_t i = index(turn);
-    if (i < n) {
-      queue.request(turn, 0, gradient.x, i, n, wide);
-      queue.request(turn, 1, gradient.dy, i, n, wide);
-      if (gradient.dy2 != nullptr) queue.request(turn, 2, gradient.dy2, i, n, wide);
-      if (through != nullptr) queue.request(turn, 3, through, i, n, wide);
+    if (ahead < n) {
+      queue.request(turn, 0, from, ahead, n, wide);
+      queue.request(turn, 1, dys, ahead, n, wide);
+      if (through != nullptr) queue.request(turn, 2, through, ahead, n, wide);
     }
     queue.commit();
-  };
-  const bool has_bits = gradient.mask == Mask::kBits;
-  const auto bits_of = [&](int turn) -> uint32_t {
-    return has_bits ? load_bits(gradient.positive, index(turn), n) : ~0u;
+    ahead += stride;
   };
   for (int turn = 0; turn < Queue::kDepth - 1; ++turn) request(turn);
-  uint32_t ahead[3] = {bits_of(0), bits_of(1), bits_of(2)};
-  for (int turn = 0; blockIdx.x + static_cast<int64_t>(turn) * gridDim.x < tiles; ++turn) {
-    const int64_t i = index(turn);
+  for (int turn = 0; i < n; i += stride, ++turn) {
     request(turn + Queue::kDepth - 1);
-    const uint32_t bits = ahead[0];
-    ahead[0] = ahead[1];
-    ahead[1] = ahead[2];
-    ahead[2] = bits_of(turn + 3);
     queue.wait();
-    if (i >= n) continue;
     if constexpr (!kFixed) load_coefficients(coefficients, channels, i, c);
     const Octet<T> x = queue.take(turn, 0), dy = queue.take(turn, 1);
-    Octet<T> dy2, more, result, masked;
-    if (gradient.dy2 != nullptr) dy2 = queue.take(turn, 2);
-    if (through != nullptr) more = queue.take(turn, 3);
+    Octet<T> more, result;
+    if (through != nullptr) more = queue.take(turn, 2);
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
       const float value = to_float(x.v[j]);
       float dz = to_float(dy.v[j]);
-      if (gradient.dy2 != nullptr) dz += to_float(dy2.v[j]);
-      bool passes = bits >> j & 1;
-      if (gradient.mask == Mask::kSign) {
-        passes = to_float(from_float<T>(normalized(value, c[0][j], c[1][j]))) > 0.f;
+      if (finds_sign) {
+        const T y = from_float<T>(normalized(value, c[0][j], c[1][j]));
+        if (!(to_float(y) > 0.f)) dz = 0.f;
       }
-      if (!passes) dz = 0.f;
       float out = fmaf(c[0][j], dz, fmaf(c[2][j], value, c[3][j]));
       if (through != nullptr) out += to_float(more.v[j]);
       result.v[j] = from_float<T>(out);
-      masked.v[j] = from_float<T>(dz);
     }
-    store(result, dx, i, n, wide);
-    if (dresidual != nullptr) store(masked, dresidual, i, n, wide);
+    store(result, to, i, n, wide);
   }
 }
 
@@ -340,58 +316,48 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-ffi::Error gradient(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer dy2,
-                    ffi::AnyBuffer positive, ffi::AnyBuffer mean, ffi::AnyBuffer variance,
-                    ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer sum,
-                    ffi::AnyBuffer sum_normalized, ffi::AnyBuffer through,
-                    ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dresidual,
-                    ffi::Result<ffi::AnyBuffer> scratch, float epsilon, bool relu,
-                    float inverse_count) {
+ffi::Error gradient(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, ffi::AnyBuffer mean,
+                    ffi::AnyBuffer variance, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
+                    ffi::AnyBuffer sum, ffi::AnyBuffer sum_normalized, ffi::AnyBuffer through,
+                    ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> scratch,
+                    float epsilon, bool relu, float inverse_count) {
   constexpr const char* kOp = "batch_norm_gradient";
-  GradientShape shape;
-  SWAT_RETURN_IF_ERROR(check_gradient(kOp, x, dy, dy2, positive, mean, variance, scale, bias, shape));
-  const int64_t batch = shape.batch, channels = shape.channels, n = shape.rows * channels;
-  const ffi::DataType type = x.element_type();
-  SWAT_RETURN_IF_ERROR(check(kOp, "sum", sum, ffi::F32, batch * channels));
-  SWAT_RETURN_IF_ERROR(check(kOp, "sum_normalized", sum_normalized, ffi::F32, batch * channels));
+  Problems problems;
+  SWAT_RETURN_IF_ERROR(problems.of(kOp, x));
+  const int64_t batch = problems.batch, channels = problems.channels, n = problems.size();
+  const ffi::DataType type = problems.type;
+  const Vectors vectors{mean, variance, scale, bias, epsilon};
+  SWAT_RETURN_IF_ERROR(vectors.check(kOp, problems));
+  SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "sum", sum));
+  SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "sum_normalized", sum_normalized));
+  SWAT_RETURN_IF_ERROR(check(kOp, "dy", dy, type, batch * n, 2));
   SWAT_RETURN_IF_ERROR(check_optional(kOp, "through", through, type, batch * n, 2));
   SWAT_RETURN_IF_ERROR(check(kOp, "dx", *dx, type, batch * n, 2));
-  if (dresidual->element_count() > 0) {
-    SWAT_RETURN_IF_ERROR(check(kOp, "dresidual", *dresidual, type, batch * n, 2));
-  }
   const int64_t words =
       is_fixed(channels) ? 0 : (kGradientCoefficients * channels + 63) / 64 * 64;
   SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::U32, batch * words));
   return with_type(kOp, "x", type, [&](auto example) {
     using T = decltype(example);
     for (int64_t b = 0; b < batch; ++b) {
-      Gradient<T> gradient(x, dy, dy2, positive, b, n, relu);
-      gradient.parameters = {part<float>(mean, b * channels), part<float>(variance, b * channels),
-                             part<float>(scale, b * channels), part<float>(bias, b * channels),
-                             epsilon};
+      const Parameters parameters = vectors.of(b, channels);
       const GradientSums sums{part<float>(sum, b * channels),
                               part<float>(sum_normalized, b * channels), inverse_count};
+      const T* from = part<T>(x, b * n);
+      const T* dys = part<T>(dy, b * n);
       const T* more = part<T>(through, b * n);
       T* to = static_cast<T*>(dx->untyped_data()) + b * n;
-      T* masked = dresidual->element_count() == 0
-                      ? nullptr
-                      : static_cast<T*>(dresidual->untyped_data()) + b * n;
-      const bool wide = gradient.is_wide() && is_wide(more) && is_wide(to) && is_wide(masked);
-      constexpr size_t kShared = Streams<T, 4>::kBytes;
+      const bool wide = is_wide(from) && is_wide(dys) && is_wide(more) && is_wide(to);
       const uint32_t c = static_cast<uint32_t>(channels);
       float* coefficients = static_cast<float*>(scratch->untyped_data()) + b * words;
-      if (is_fixed(channels)) {
-        SWAT_RETURN_IF_ERROR(cuda_error(
-            kOp, launch(stream, gradient_kernel<T, true>, kShared, tiles_of(n), gradient, sums,
-                        static_cast<const float*>(nullptr), more, n, c, to, masked, wide)));
-        continue;
+      if (!is_fixed(channels)) {
+        gradient_coefficients_kernel<<<(c + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
+            parameters, sums, c, coefficients);
+        SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
       }
-      gradient_coefficients_kernel<<<(c + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
-          gradient.parameters, sums, c, coefficients);
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
+      const auto kernel = is_fixed(channels) ? gradient_kernel<T, true> : gradient_kernel<T, false>;
       SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp, launch(stream, gradient_kernel<T, false>, kShared, tiles_of(n), gradient, sums,
-                      static_cast<const float*>(coefficients), more, n, c, to, masked, wide)));
+          kOp, launch(stream, kernel, Streams<T, 3>::kBytes, tiles_of(n), from, dys, more, to,
+                      parameters, sums, static_cast<const float*>(coefficients), n, c, relu, wide)));
     }
     return ffi::Error::Success();
   });
@@ -430,8 +396,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_gradient, swat::gradient,
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()  // x
                                   .Arg<xla::ffi::AnyBuffer>()  // dy
-                                  .Arg<xla::ffi::AnyBuffer>()  // dy2, or empty
-                                  .Arg<xla::ffi::AnyBuffer>()  // positive, or empty
                                   .Arg<xla::ffi::AnyBuffer>()  // mean
                                   .Arg<xla::ffi::AnyBuffer>()  // variance
                                   .Arg<xla::ffi::AnyBuffer>()  // scale
@@ -440,7 +404,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_gradient, swat::gradient,
                                   .Arg<xla::ffi::AnyBuffer>()  // sum_normalized
                                   .Arg<xla::ffi::AnyBuffer>()  // through, or empty
                                   .Ret<xla::ffi::AnyBuffer>()  // dx
-                                  .Ret<xla::ffi::AnyBuffer>()  // dresidual, or empty
                                   .Ret<xla::ffi::AnyBuffer>()  // scratch
                                   .Attr<float>("epsilon")
                                   .Attr<bool>("relu")

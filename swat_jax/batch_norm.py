@@ -93,7 +93,8 @@ def gradient_sums(
     *,
     epsilon: float,
     relu: bool,
-) -> tuple[jax.Array, jax.Array]:
+    keeps_dz: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What the backward pass adds up over the rows: the gradients of ``bias`` and ``scale``.
 
     Args:
@@ -104,21 +105,26 @@ def gradient_sums(
       vectors: as in `normalize`.
       epsilon: as in `normalize`.
       relu: as in `normalize`.
+      keeps_dz: whether ``dz`` is returned, rounded to the type of ``x``; the sums are then of
+        what was rounded.
 
     Returns:
       ``sum(dz)`` and ``sum(dz * (x - mean) / sqrt(variance + epsilon))``, each (channels,), where
-      ``dz`` is the gradient before the ReLU.
+      ``dz`` is the gradient before the ReLU (and that of a residual); and ``dz`` or None.
     """
     dz = _before_relu(x, dys, positive, vectors, epsilon, relu)
+    kept = None
+    if keeps_dz:
+        kept = dz.astype(x.dtype)
+        dz = _wide(kept)
     axes = tuple(range(x.ndim - 1))
     moment = jnp.sum(dz * (_wide(x) - vectors.mean), axis=axes)
-    return jnp.sum(dz, axis=axes), moment * lax.rsqrt(vectors.variance + epsilon)
+    return jnp.sum(dz, axis=axes), moment * lax.rsqrt(vectors.variance + epsilon), kept
 
 
 def gradient(
     x: jax.Array,
-    dys: Sequence[jax.Array],
-    positive: jax.Array | None,
+    dy: jax.Array,
     vectors: Vectors,
     sums: tuple[jax.Array, jax.Array],
     through: jax.Array | None = None,
@@ -126,26 +132,20 @@ def gradient(
     epsilon: float,
     relu: bool,
     count: int,
-    with_residual: bool,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Gradients of the input and of the residual.
+) -> jax.Array:
+    """The gradient of the input.
 
     Args:
-      x: as in `gradient_sums`, and so on.
-      dys: gradients of the output.
-      positive: bitmap or None.
+      x: the input, (..., channels).
+      dy: gradient of the output; or, with ``relu`` False, what `gradient_sums` kept.
       vectors: as in `normalize`.
       sums: from `gradient_sums`; zeros where mean and variance were constants.
       through: a gradient of ``x`` from elsewhere, which is added.
       epsilon: as in `normalize`.
-      relu: as in `normalize`.
+      relu: whether the sign of the output, found again from ``x``, decides where ``dy`` passes.
       count: how many rows the statistics were taken over.
-      with_residual: whether there was a residual.
-
-    Returns:
-      The gradient of ``x``, and that of the residual or None.
     """
-    dz = _before_relu(x, dys, positive, vectors, epsilon, relu)
+    dz = _before_relu(x, [dy], None, vectors, epsilon, relu)
     deviation = lax.rsqrt(vectors.variance + epsilon)
     factor = deviation * vectors.scale
     inverse = jnp.asarray(1 / count, factor.dtype)
@@ -154,7 +154,7 @@ def gradient(
     dx = factor * dz - constant - slope * (_wide(x) - vectors.mean)
     if through is not None:
         dx = dx + _wide(through)
-    return dx.astype(x.dtype), dz.astype(x.dtype) if with_residual else None
+    return dx.astype(x.dtype)
 
 
 def _before_relu(

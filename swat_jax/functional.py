@@ -568,28 +568,30 @@ def _norm_backward(
 ) -> tuple[Any, ...]:
     residuals, dys, through = lax.optimization_barrier((residuals, output.y, output.x))
     x, positive, vectors = residuals
-    options: dict[str, Any] = {"epsilon": rule.epsilon, "relu": rule.relu}
-    sums = kernels.batch_norm_gradient_sums(x, dys, positive, vectors, **options)
-    count, totals = x.size // x.shape[-1], sums
-    if rule.constant:
-        totals = (jnp.zeros_like(sums[0]), jnp.zeros_like(sums[1]))
-    elif rule.axis_name is not None:
-        totals = lax.psum(sums, rule.axis_name)
-        count *= lax.axis_size(rule.axis_name)
-    dx, dresidual = kernels.batch_norm_gradient(
-        x,
-        dys,
-        positive,
-        vectors,
-        totals,
-        through,
-        count=count,
-        with_residual=rule.adds,
-        **options,
+    # Of several gradients one is made, once, which is that of the residual too.
+    merges = rule.adds or len(dys) > 1
+    total, moment, dz = kernels.batch_norm_gradient_sums(
+        x, dys, positive, vectors, epsilon=rule.epsilon, relu=rule.relu, keeps_dz=merges
     )
-    dscale = sums[1].astype(vectors.scale.dtype)
-    dbias = sums[0].astype(vectors.bias.dtype)
-    return dx, dscale, dbias, dresidual, None, None
+    count, sums = x.size // x.shape[-1], (total, moment)
+    if rule.constant:
+        sums = (jnp.zeros_like(total), jnp.zeros_like(moment))
+    elif rule.axis_name is not None:
+        sums = lax.psum(sums, rule.axis_name)
+        count *= lax.axis_size(rule.axis_name)
+    dx = kernels.batch_norm_gradient(
+        x,
+        dys[0] if dz is None else dz,
+        vectors,
+        sums,
+        through,
+        epsilon=rule.epsilon,
+        relu=rule.relu and not merges,
+        count=count,
+    )
+    dscale = moment.astype(vectors.scale.dtype)
+    dbias = total.astype(vectors.bias.dtype)
+    return dx, dscale, dbias, dz if rule.adds else None, None, None
 
 
 _batch_norm_relu.defvjp(_norm_forward, _norm_backward)

@@ -296,34 +296,39 @@ def batch_norm_gradient_sums(
     *,
     epsilon: float,
     relu: bool,
-) -> tuple[jax.Array, jax.Array]:
+    keeps_dz: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The gradients of bias and scale; see `swat_jax.batch_norm.gradient_sums`."""
-    twin = functools.partial(batch_norm.gradient_sums, epsilon=epsilon, relu=relu)
+    twin = functools.partial(
+        batch_norm.gradient_sums, epsilon=epsilon, relu=relu, keeps_dz=keeps_dz
+    )
     dys = _at_most_two(dys)
     if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
         return twin(x, dys, positive, vectors)
 
     def kernel(
         x: jax.Array, dys: Sequence[jax.Array], positive: jax.Array | None, vectors: Vectors
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         rows = _rows(x)
         vector = jax.ShapeDtypeStruct(rows.shape[1:], jnp.float32)
-        total, moment, _ = _call(
+        kept = jax.ShapeDtypeStruct(rows.shape if keeps_dz else (0,), x.dtype)
+        total, moment, dz, _ = _call(
             "batch_norm_gradient_sums",
-            (vector, vector, _words(_cut_words(rows.shape))),
-            *_gradient_operands(rows, dys, positive, vectors),
+            (vector, vector, kept, _words(_cut_words(rows.shape))),
+            *(rows, _rows(dys[0]), _rows(dys[1]) if len(dys) > 1 else _absent(x.dtype)),
+            _absent(jnp.uint32) if positive is None else positive,
+            *(vector.astype(jnp.float32) for vector in vectors),
             epsilon=np.float32(epsilon),
             relu=relu,
         )
-        return total, moment
+        return total, moment, dz.reshape(x.shape) if keeps_dz else None
 
     return _choose(kernel, twin, x, dys, positive, vectors)
 
 
 def batch_norm_gradient(
     x: jax.Array,
-    dys: Sequence[jax.Array],
-    positive: jax.Array | None,
+    dy: jax.Array,
     vectors: Vectors,
     sums: tuple[jax.Array, jax.Array],
     through: jax.Array | None = None,
@@ -331,41 +336,28 @@ def batch_norm_gradient(
     epsilon: float,
     relu: bool,
     count: int,
-    with_residual: bool,
-) -> tuple[jax.Array, jax.Array | None]:
-    """The gradients of input and residual; see `swat_jax.batch_norm.gradient`."""
-    dys = _at_most_two(dys)
-
-    def twin(
-        x: jax.Array, dys: Any, positive: Any, vectors: Any, sums: Any, through: Any
-    ) -> tuple[jax.Array, jax.Array | None]:
-        return batch_norm.gradient(
-            *(x, dys, positive, vectors, sums, through),
-            epsilon=epsilon,
-            relu=relu,
-            count=count,
-            with_residual=with_residual,
-        )
+) -> jax.Array:
+    """The gradient of the input; see `swat_jax.batch_norm.gradient`."""
+    twin = functools.partial(batch_norm.gradient, epsilon=epsilon, relu=relu, count=count)
 
     def kernel(
-        x: jax.Array, dys: Any, positive: Any, vectors: Any, sums: Any, through: Any
-    ) -> tuple[jax.Array, jax.Array | None]:
+        x: jax.Array, dy: jax.Array, vectors: Vectors, sums: Any, through: jax.Array | None
+    ) -> jax.Array:
         rows = _rows(x)
         words = 0 if _is_fixed(rows.shape[1]) else -(-4 * rows.shape[1] // 64) * 64
-        shape = jax.ShapeDtypeStruct(rows.shape, x.dtype)
-        dx, dresidual, _ = _call(
+        dx, _ = _call(
             "batch_norm_gradient",
-            (shape, shape if with_residual else jax.ShapeDtypeStruct((0,), x.dtype), _words(words)),
-            *_gradient_operands(rows, dys, positive, vectors),
-            *(total.astype(jnp.float32) for total in sums),
+            (jax.ShapeDtypeStruct(rows.shape, x.dtype), _words(words)),
+            *(rows, _rows(dy)),
+            *(vector.astype(jnp.float32) for vector in (*vectors, *sums)),
             _absent(x.dtype) if through is None else _rows(through),
             epsilon=np.float32(epsilon),
             relu=relu,
             inverse_count=np.float32(1 / count),
         )
-        return dx.reshape(x.shape), dresidual.reshape(x.shape) if with_residual else None
+        return dx.reshape(x.shape)
 
-    operands = (x, dys, positive, vectors, sums, through)
+    operands = (x, dy, vectors, sums, through)
     if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
         return twin(*operands)
     return _choose(kernel, twin, *operands)
@@ -434,18 +426,6 @@ def _call(
     if axes:
         outputs = [lax.pcast(value, axes, to="varying") for value in outputs]
     return list(outputs)
-
-
-def _gradient_operands(
-    rows: jax.Array,
-    dys: Sequence[jax.Array],
-    positive: jax.Array | None,
-    vectors: Sequence[jax.Array],
-) -> tuple[jax.Array, ...]:
-    second = _rows(dys[1]) if len(dys) > 1 else _absent(rows.dtype)
-    signs = _absent(jnp.uint32) if positive is None else positive
-    floats = (vector.astype(jnp.float32) for vector in vectors)
-    return (rows, _rows(dys[0]), second, signs, *floats)
 
 
 def _at_most_two(dys: Sequence[jax.Array]) -> tuple[jax.Array, ...]:

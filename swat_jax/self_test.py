@@ -89,13 +89,17 @@ def _batch_norm(dtype: Any) -> str:
     if found := _differs("selection", (result.packed, result.thresholds), (packed, limit[None])):
         return found
     arguments = (x, [dy], result.positive, vectors)
-    sums = jax.jit(lambda *a: kernels.batch_norm_gradient_sums(*a, **options))(*arguments)
-    expected = batch_norm.gradient_sums(*arguments, **options)
-    if found := _differs("gradient sums", sums, expected, 1e-5):
+    keeping: dict[str, Any] = {**options, "keeps_dz": True}
+    *sums, dz = jax.jit(lambda *a: kernels.batch_norm_gradient_sums(*a, **keeping))(*arguments)
+    *expected_sums, expected_dz = batch_norm.gradient_sums(*arguments, **keeping)
+    if found := _differs("gradient sums", sums, expected_sums, 1e-5):
         return found
-    more: dict[str, Any] = {**options, "sums": sums, "count": _SHAPE[0], "with_residual": True}
-    gradients = jax.jit(lambda *a: kernels.batch_norm_gradient(*a, **more))(*arguments)
-    return _differs("gradient", gradients, batch_norm.gradient(*arguments, **more), bound)
+    if found := _differs("dz", dz, expected_dz):
+        return found
+    more: dict[str, Any] = {"epsilon": 1e-5, "relu": False, "count": _SHAPE[0]}
+    arguments = (x, dz, vectors, tuple(sums))
+    dx = jax.jit(lambda *a: kernels.batch_norm_gradient(*a, **more))(*arguments)
+    return _differs("gradient", dx, batch_norm.gradient(*arguments, **more), bound)
 
 
 SELF_TESTS: dict[str, Callable[[], str]] = {

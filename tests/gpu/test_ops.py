@@ -227,35 +227,45 @@ def test_batch_norm_passes(shape, dtype, relu, adds):
     close(found.y, expected, dtype, [mean * factor])
     np.testing.assert_array_equal(found.positive, batch_norm.positive(found.y))
     positive = found.positive if adds and relu else None
+    rows = shape[0]
+    # The sign of y is that of the kernel's own y: rounding may differ where y is almost 0.
+    signs = found.positive if relu else None
     for dys in ([given["dy"]], [given["dy"], given["dy2"]]):
-        sums = jax.jit(functools.partial(kernels.batch_norm_gradient_sums, **options))(
-            x, dys, positive, vectors
-        )
-        # The sign of y is that of the kernel's own y: rounding may differ where y is almost 0.
-        twin = functools.partial(batch_norm.gradient_sums, **options)
-        signs = found.positive if relu else None
-        wide = [given["dy"].astype(jnp.float32)] + [dy.astype(jnp.float32) for dy in dys[1:]]
-        exact = twin(x.astype(jnp.float32), wide, signs, vectors)
-        rows = shape[0]
-        for total, reference in zip(sums, exact, strict=True):
+        merges = adds or len(dys) > 1
+        total, moment, dz = jax.jit(
+            functools.partial(kernels.batch_norm_gradient_sums, **options, keeps_dz=merges)
+        )(x, dys, positive, vectors)
+        wide = [dy.astype(jnp.float32) for dy in dys]
+        if merges:
+            exact_dz = batch_norm.gradient_sums(x, dys, signs, vectors, **options, keeps_dz=True)[2]
+            same(dz, exact_dz)
+            wide, passes = [dz.astype(jnp.float32)], {"epsilon": 1e-5, "relu": False}
+        else:
+            assert dz is None
+            passes = options
+        exact = batch_norm.gradient_sums(
+            x.astype(jnp.float32), wide, None if merges else signs, vectors, **passes
+        )[:2]
+        for found_sum, reference in zip((total, moment), exact, strict=True):
             np.testing.assert_allclose(
-                total, reference, atol=2e-5 * math.sqrt(rows) + 1e-5, rtol=2e-5
+                found_sum, reference, atol=2e-5 * math.sqrt(rows) + 1e-5, rtol=2e-5
             )
+        dy = dz if merges else dys[0]
         for through in (None, given["dy2"]):
-            more = {**options, "count": rows, "with_residual": adds, "through": through}
-            dx, dresidual = jax.jit(
-                lambda x, dys, positive, vectors, sums, more=more: kernels.batch_norm_gradient(
-                    x, dys, positive, vectors, sums=sums, **more
-                )
-            )(x, dys, positive, vectors, exact)
-            twin_dx, twin_dresidual = batch_norm.gradient(
-                x, dys, signs, vectors, exact, **{**more, "with_residual": True}
+            dx = jax.jit(functools.partial(kernels.batch_norm_gradient, **passes, count=rows))(
+                x, dy, vectors, exact, through
+            )
+            masked = (
+                dy
+                if merges
+                else batch_norm.gradient_sums(x, dys, signs, vectors, **options, keeps_dz=True)[2]
+            )
+            twin_dx = batch_norm.gradient(
+                x, masked, vectors, exact, through, epsilon=1e-5, relu=False, count=rows
             )
             slope = factor * exact[1] / rows / jnp.sqrt(variance + 1e-5)
             terms = [slope * mean, factor * exact[0] / rows, factor * dys[0].astype(jnp.float32)]
             close(dx, twin_dx, dtype, terms)
-            if adds:
-                close(dresidual, twin_dresidual, dtype, [jnp.float32(1)])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -347,10 +357,9 @@ def test_twenty_runs_have_the_same_bits():
         selection = kernels.Selection(jnp.array([[0, 300_000]], jnp.uint32), 310_000)
         result = kernels.batch_norm_relu(x, vectors, epsilon=1e-5, relu=True, selection=selection)
         sums = kernels.batch_norm_gradient_sums(x, [dy], None, vectors, epsilon=1e-5, relu=True)
-        dx, _ = kernels.batch_norm_gradient(
-            x, [dy], None, vectors, sums=sums, epsilon=1e-5, relu=True, count=shape[0],
-            with_residual=False,
-        )  # fmt: skip
+        dx = kernels.batch_norm_gradient(
+            x, dy, vectors, sums[:2], epsilon=1e-5, relu=True, count=shape[0]
+        )
         return mean, variance, result, sums, dx, kernels.unpack(result.packed)
 
     first = jax.device_get(run(given["x"], given["dy"]))
