@@ -26,7 +26,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,7 @@ from jax import lax
 from swat_jax import kernels
 from swat_jax.batch_norm import Vectors
 from swat_jax.errors import UsageError
+from swat_jax.max_pool import Pool
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import top_k
 from swat_jax.sparsity.packing import Packed
@@ -662,96 +663,20 @@ def max_pool(
     pairs = _padding(padding, len(window))
     if isinstance(pairs, str):
         pairs = lax.padtype_to_pads(x.shape[1:-1], window, steps, pairs)
-    pool = _Pool(window, steps, tuple((int(low), int(high)) for low, high in pairs), x.shape)
-    return _max_pool(pool, x)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pool:
-    window: tuple[int, ...]
-    strides: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    shape: tuple[int, ...]  # of the input
-
-    def positions(self, x: jax.Array) -> Iterator[jax.Array]:
-        """For every position in the window what is there, of the shape of the result."""
-        padded = jnp.pad(x, ((0, 0), *self.padding, (0, 0)), constant_values=-jnp.inf)
-        # As many windows as fit.
-        counts = [
-            (size - width) // step + 1
-            for size, width, step in zip(padded.shape[1:-1], self.window, self.strides, strict=True)
-        ]
-        for start in np.ndindex(*self.window):
-            stops = [
-                first + (count - 1) * step + 1
-                for first, count, step in zip(start, counts, self.strides, strict=True)
-            ]
-            yield lax.slice(
-                padded,
-                (0, *start, 0),
-                (x.shape[0], *stops, x.shape[-1]),
-                (1, *self.strides, 1),
-            )
-
-    def spread(self, parts: Sequence[jax.Array]) -> jax.Array:
-        """The transpose of `positions`: adds up what belongs to every position of the windows.
-
-        Values of the input that lie a whole number of strides apart belong to the same positions.
-        So each value adds up few parts only, and the groups are put together afterwards.
-        """
-        axes = range(len(self.window))
-        lows = [low for low, _ in self.padding]
-        highs = [low + size for low, size in zip(lows, self.shape[1:-1], strict=True)]
-        blocks = [-(-high // step) for high, step in zip(highs, self.strides, strict=True)]
-        zero = jnp.zeros((), parts[0].dtype)
-
-        def moved(part: jax.Array, start: tuple[int, ...]) -> jax.Array:
-            config = [(0, 0, 0)]
-            for axis in axes:
-                first = start[axis] // self.strides[axis]
-                config.append((first, blocks[axis] - first - part.shape[axis + 1], 0))
-            return lax.pad(part, zero, [*config, (0, 0, 0)])
-
-        groups = []
-        for group in np.ndindex(*self.strides):
-            members = [
-                moved(part, start)
-                for part, start in zip(parts, np.ndindex(*self.window), strict=True)
-                if all(start[axis] % self.strides[axis] == group[axis] for axis in axes)
-            ]
-            nothing = jnp.zeros((self.shape[0], *blocks, self.shape[-1]), zero.dtype)
-            groups.append(functools.reduce(jnp.add, members) if members else nothing)
-        # (group by axis..., N, block by axis..., channels): groups go behind their blocks.
-        y = jnp.stack(groups).reshape(*self.strides, *groups[0].shape)
-        rank = len(axes)
-        order = [rank]
-        for axis in axes:
-            order += [rank + 1 + axis, axis]
-        y = y.transpose(*order, 2 * rank + 1)
-        sizes = [count * step for count, step in zip(blocks, self.strides, strict=True)]
-        y = y.reshape(self.shape[0], *sizes, self.shape[-1])
-        return lax.slice(y, (0, *lows, 0), (self.shape[0], *highs, self.shape[-1]))
+    return _max_pool(Pool(window, steps, tuple((int(a), int(b)) for a, b in pairs), x.shape), x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _max_pool(pool: _Pool, x: jax.Array) -> jax.Array:
-    return functools.reduce(jnp.maximum, pool.positions(x))
+def _max_pool(pool: Pool, x: jax.Array) -> jax.Array:
+    return pool.pool(x)
 
 
-def _max_pool_forward(pool: _Pool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    first, *others = pool.positions(x)
-    best, winner = first, jnp.zeros(first.shape, jnp.uint8)
-    for index, value in enumerate(others, start=1):
-        wins = ~(best >= value)
-        best, winner = jnp.where(wins, value, best), jnp.where(wins, jnp.uint8(index), winner)
-    return _max_pool(pool, x), winner
+def _max_pool_forward(pool: Pool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return pool.pool(x), pool.winner(x)
 
 
-def _max_pool_backward(pool: _Pool, winner: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    winner, dy = lax.optimization_barrier((winner, dy))
-    zero = jnp.zeros((), dy.dtype)
-    parts = [jnp.where(winner == index, dy, zero) for index in range(math.prod(pool.window))]
-    return (pool.spread(parts),)
+def _max_pool_backward(pool: Pool, winner: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+    return (kernels.max_pool_gradient(pool, *lax.optimization_barrier((winner, dy))),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

@@ -1,9 +1,9 @@
 """The ops that have a hand-written GPU kernel; the only door to them.
 
 Each op is defined by its jax.numpy twin (`swat_jax.sparsity.top_k`, `swat_jax.sparsity.packing`,
-`swat_jax.batch_norm`). The backend "xla" is the twin itself, compiled by XLA, and runs everywhere.
-The backend "cuda" calls the kernels of `ops/` on NVIDIA GPUs, and the twin on other devices and for
-float64.
+`swat_jax.batch_norm`, `swat_jax.max_pool`). The backend "xla" is the twin itself, compiled by XLA,
+and runs everywhere. The backend "cuda" calls the kernels of `ops/` on NVIDIA GPUs, and the twin on
+other devices and for float64.
 
 Environment:
   SWAT_JAX_BACKEND: ``cuda`` or ``xla``; by default ``cuda`` where there is a GPU and the library.
@@ -28,11 +28,12 @@ from jax import lax
 from swat_jax import batch_norm, native
 from swat_jax.batch_norm import Vectors
 from swat_jax.errors import UsageError
+from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_axes, varying_like
 
-OPS = ("threshold", "pack", "unpack", "batch_norm")
+OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Sizes that the handlers check: `selection_words` and `Cut::words` in ops/.
@@ -361,6 +362,26 @@ def batch_norm_gradient(
     if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
         return twin(*operands)
     return _choose(kernel, twin, *operands)
+
+
+def max_pool_gradient(pool: Pool, winner: jax.Array, dy: jax.Array) -> jax.Array:
+    """The gradient of the input of a max pooling; see `swat_jax.max_pool.Pool.gradient`."""
+    if not _has_kernel("max_pool", dy.dtype) or len(pool.window) != 2 or dy.size == 0:
+        return pool.gradient(winner, dy)
+
+    def kernel(winner: jax.Array, dy: jax.Array) -> jax.Array:
+        (low_y, _), (low_x, _) = pool.padding
+        (dx,) = _call(
+            "max_pool_gradient",
+            (jax.ShapeDtypeStruct(pool.shape, dy.dtype),),
+            *(winner, dy),
+            window=np.array(pool.window, np.int64),
+            strides=np.array(pool.strides, np.int64),
+            lows=np.array((low_y, low_x), np.int64),
+        )
+        return dx
+
+    return _choose(kernel, pool.gradient, winner, dy)
 
 
 def _threshold(

@@ -33,6 +33,7 @@ HANDLERS = (
     "batch_norm_relu",
     "batch_norm_gradient_sums",
     "batch_norm_gradient",
+    "max_pool_gradient",
 )
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from swat_jax import batch_norm, kernels
+from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
 
 _SHAPE = (1234, 96)  # neither a multiple of a tile nor a power of two
@@ -102,9 +103,25 @@ def _batch_norm(dtype: Any) -> str:
     return _differs("gradient", dx, batch_norm.gradient(*arguments, **more), bound)
 
 
+def _max_pool(dtype: Any) -> str:
+    x = jax.random.normal(jax.random.key(1), (3, 13, 14, 24)).astype(dtype)
+    for window, strides, padding in (
+        ((3, 3), (2, 2), ((1, 1),) * 2),
+        ((2, 2), (2, 2), ((0, 0),) * 2),
+    ):
+        pool = Pool(window, strides, padding, x.shape)
+        winner = pool.winner(x)
+        dy = pool.pool(x)
+        found = jax.jit(lambda w, dy, p=pool: kernels.max_pool_gradient(p, w, dy))(winner, dy)
+        if message := _differs("gradient", found, pool.gradient(winner, dy), _BOUNDS[dtype]):
+            return message
+    return ""
+
+
 SELF_TESTS: dict[str, Callable[[], str]] = {
     "threshold": _for_each_type(_threshold),
     "pack": _for_each_type(_pack),
     "unpack": _for_each_type(_unpack),
     "batch_norm": _for_each_type(_batch_norm),
+    "max_pool": _for_each_type(_max_pool),
 }

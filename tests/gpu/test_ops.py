@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from swat_jax import batch_norm, kernels, native
+from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
 from tests import oracle
 
@@ -344,6 +345,33 @@ def test_vmapped_batch_norm():
     for i in range(3):
         one = jax.jit(both)(x[i])
         jax.tree.map(lambda a, b, i=i: same(a, np.asarray(b)[i]), one, many)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [5, 24])
+@pytest.mark.parametrize(
+    ("window", "strides", "padding"),
+    [((3, 3), (2, 2), ((1, 1), (1, 1))), ((2, 2), (2, 2), ((0, 0), (0, 0))),
+     ((3, 2), (1, 3), ((2, 0), (0, 1)))],
+)  # fmt: skip
+def test_max_pool_gradient(dtype, channels, window, strides, padding):
+    pool = Pool(window, strides, padding, (2, 11, 14, channels))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, pool.shape), dtype)
+    winner = np.asarray(pool.winner(x))
+    # Small whole numbers: sums are exact.
+    dy = rng.integers(-3, 4, winner.shape).astype(np.float64)
+    padded = np.zeros((2, 11 + sum(padding[0]), 14 + sum(padding[1]), channels))
+    for index in np.ndindex(*winner.shape):
+        n, row, column, channel = index
+        down, right = divmod(int(winner[index]), window[1])
+        padded[n, row * strides[0] + down, column * strides[1] + right, channel] += dy[index]
+    (top, _), (left, _) = padding
+    expected = padded[:, top : top + 11, left : left + 14].astype(dtype)
+    gradient = functools.partial(kernels.max_pool_gradient, pool)
+    same(jax.jit(gradient)(winner, jnp.asarray(dy, dtype)), expected)
+    many = jax.jit(jax.vmap(gradient))(jnp.stack([winner] * 3), jnp.stack([dy] * 3).astype(dtype))
+    same(many, np.stack([expected] * 3))
 
 
 def test_twenty_runs_have_the_same_bits():

@@ -1,0 +1,137 @@
+// The gradient of max pooling from which value won: `gradient` in swat_jax/max_pool.py.
+
+#include <limits>
+
+#include "common.cuh"
+
+namespace swat {
+namespace {
+
+struct PoolAxis {
+  int size, results;  // of the input and of the result
+  int window, stride, low;
+
+  // The last window that covers `at`, and the first.
+  __device__ int last(int at) const { return min((at + low) / stride, results - 1); }
+  __device__ int first(int at) const {
+    const int reach = at + low - window;
+    return reach < 0 ? 0 : reach / stride + 1;
+  }
+  __device__ int position(int at, int result) const { return at + low - result * stride; }
+};
+
+template <int V>
+struct alignas(V) Winners {
+  uint8_t v[V];
+};
+
+// V channels of one input value a thread. Its windows are visited so that its position in them
+// rises, as in the twin. Index counts threads' units: divisions of 64 bits would cost more than the
+// memory does.
+template <typename T, int V, typename Index>
+__global__ void __launch_bounds__(kThreads)
+    max_pool_gradient_kernel(const uint8_t* winner, const T* dy, T* dx, PoolAxis rows,
+                             PoolAxis columns, Index channels, Index work) {
+  const Index groups = channels / V;
+  for (Index unit = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x; unit < work;
+       unit += static_cast<Index>(gridDim.x) * kThreads) {
+    const Index group = unit % groups, pixel = unit / groups;
+    const Index line = pixel / columns.size, image = line / rows.size;
+    const int x = static_cast<int>(pixel % columns.size), y = static_cast<int>(line % rows.size);
+    float sums[V] = {};
+    for (int r = rows.last(y); r >= rows.first(y); --r) {
+      for (int c = columns.last(x); c >= columns.first(x); --c) {
+        const int64_t at =
+            ((static_cast<int64_t>(image) * rows.results + r) * columns.results + c) * channels +
+            group * V;
+        const uint32_t position =
+            static_cast<uint32_t>(rows.position(y, r) * columns.window + columns.position(x, c));
+        const Winners<V> won = *reinterpret_cast<const Winners<V>*>(winner + at);
+        if constexpr (V == kOctet) {
+          const Octet<T> values = load(dy, at, at + kOctet, true);
+#pragma unroll
+          for (int v = 0; v < V; ++v) sums[v] += won.v[v] == position ? to_float(values.v[v]) : 0.f;
+        } else {
+          sums[0] += won.v[0] == position ? to_float(dy[at]) : 0.f;
+        }
+      }
+    }
+    if constexpr (V == kOctet) {
+      Octet<T> result;
+#pragma unroll
+      for (int v = 0; v < V; ++v) result.v[v] = from_float<T>(sums[v]);
+      const int64_t to = static_cast<int64_t>(unit) * V;
+      store(result, dx, to, to + kOctet, true, true);
+    } else {
+      dx[unit] = from_float<T>(sums[0]);
+    }
+  }
+}
+
+ffi::Error max_pool_gradient(cudaStream_t stream, ffi::AnyBuffer winner, ffi::AnyBuffer dy,
+                             ffi::Result<ffi::AnyBuffer> dx, ffi::Span<const int64_t> window,
+                             ffi::Span<const int64_t> strides, ffi::Span<const int64_t> lows) {
+  constexpr const char* kOp = "max_pool_gradient";
+  int64_t batch = 1, results = 1;
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "dx", *dx, 3, batch));
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "dy", dy, 3, results));
+  if (batch != results) {
+    return invalid("max_pool_gradient: dy must have " + std::to_string(batch) +
+                   " images as dx has, got " + std::to_string(results));
+  }
+  if (window.size() != 2 || strides.size() != 2 || lows.size() != 2) {
+    return invalid("max_pool_gradient: window, strides and lows must have two numbers each");
+  }
+  const auto to = dx->dimensions(), from = dy.dimensions();
+  for (size_t axis = 0; axis < 2; ++axis) {
+    const int64_t most = std::numeric_limits<int>::max() / 2;
+    if (window[axis] < 1 || window[axis] > most || strides[axis] < 1 || strides[axis] > most ||
+        lows[axis] < 0 || lows[axis] > most || to[to.size() - 3 + axis] > most) {
+      return invalid("max_pool_gradient: window, strides, lows and dx are out of range");
+    }
+  }
+  const auto axis_of = [&](size_t axis) {
+    const auto number = [](int64_t value) { return static_cast<int>(value); };
+    return PoolAxis{number(to[to.size() - 3 + axis]), number(from[from.size() - 3 + axis]),
+                    number(window[axis]), number(strides[axis]), number(lows[axis])};
+  };
+  const PoolAxis rows = axis_of(0), columns = axis_of(1);
+  const int64_t channels = to.back(), values = count_of(*dx);
+  SWAT_RETURN_IF_ERROR(
+      check(kOp, "dy", dy, dx->element_type(), batch * rows.results * columns.results * channels, 2));
+  SWAT_RETURN_IF_ERROR(check(kOp, "winner", winner, ffi::U8, count_of(dy), 1));
+  if (values == 0) return ffi::Error::Success();
+  return with_type(kOp, "dx", dx->element_type(), [&](auto example) {
+    using T = decltype(example);
+    const T* gradients = static_cast<const T*>(dy.untyped_data());
+    const uint8_t* winners = static_cast<const uint8_t*>(winner.untyped_data());
+    T* target = static_cast<T*>(dx->untyped_data());
+    const bool octets = channels % kOctet == 0 && is_wide(gradients) && is_wide(target) &&
+                        reinterpret_cast<uintptr_t>(winners) % kOctet == 0;
+    const int64_t work = octets ? values / kOctet : values;
+    const auto run = [&](auto index) {
+      using Index = decltype(index);
+      const auto kernel = octets ? max_pool_gradient_kernel<T, kOctet, Index>
+                                 : max_pool_gradient_kernel<T, 1, Index>;
+      return launch(stream, kernel, 0, tiles_of(work * kOctet), winners, gradients, target, rows,
+                    columns, static_cast<Index>(channels), static_cast<Index>(work));
+    };
+    // Every thread adds the grid's size to its index once more at the end.
+    const bool narrow = work < (int64_t{1} << 31);
+    return cuda_error(kOp, narrow ? run(uint32_t{}) : run(int64_t{}));
+  });
+}
+
+}  // namespace
+}  // namespace swat
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_max_pool_gradient, swat::max_pool_gradient,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // winner
+                                  .Arg<xla::ffi::AnyBuffer>()  // dy
+                                  .Ret<xla::ffi::AnyBuffer>()  // dx
+                                  .Attr<xla::ffi::Span<const int64_t>>("window")
+                                  .Attr<xla::ffi::Span<const int64_t>>("strides")
+                                  .Attr<xla::ffi::Span<const int64_t>>("lows"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
