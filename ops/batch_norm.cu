@@ -124,13 +124,13 @@ struct Gradients {
   const T* x;
   const T* dy;
   const T* dy2;              // may be absent
-  T* dz;                     // if kKeeps
+  T* dz;                     // may be absent
   const uint32_t* positive;  // with Mask::kBits
   Parameters parameters;
   Mask mask;
 };
 
-template <typename T, int V, bool kKeeps>
+template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
     gradient_sums_kernel(Gradients<T> gradients, int64_t rows, int64_t channels, int lanes,
                          uint32_t* counters, float2* partial, float* sum, float* sum_normalized) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       shift[v] = gradients.parameters.shift(c);
     }
   }
-  const bool two = gradients.dy2 != nullptr;
+  const bool two = gradients.dy2 != nullptr, keeps = gradients.dz != nullptr;
   const T* const arrays[3] = {gradients.x, gradients.dy, gradients.dy2};
   // The bits of the row after this one are on their way while this one is added.
   const auto bits_of = [&](int64_t row) -> uint32_t {
@@ -174,14 +174,14 @@ __global__ void __launch_bounds__(kThreads, 3)
             passes = to_float(from_float<T>(normalized(x, factor[v], shift[v]))) > 0.f;
           }
           if (!passes) dz = 0.f;
-          if constexpr (kKeeps) {
+          if (keeps) {
             kept.v[v] = from_float<T>(dz);
             dz = to_float(kept.v[v]);
           }
           first[v] += dz;
           second[v] = fmaf(dz, x - mean[v], second[v]);
         }
-        if constexpr (kKeeps) {
+        if (keeps) {
           const int64_t i = row * channels + walk.channel;
           if constexpr (V == 1) {
             gradients.dz[i] = kept.v[0];
@@ -295,14 +295,11 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
                     is_wide(gradients.x) && is_wide(gradients.dy) && is_wide(gradients.dy2) &&
                         is_wide(gradients.dz));
       SWAT_RETURN_IF_ERROR(cuda_error(kOp, memory.clear(cut, stream)));
-      const bool octets = cut.width == kOctet, keeps = gradients.dz != nullptr;
-      const auto kernel = octets ? keeps ? gradient_sums_kernel<T, kOctet, true>
-                                         : gradient_sums_kernel<T, kOctet, false>
-                          : keeps ? gradient_sums_kernel<T, 1, true>
-                                  : gradient_sums_kernel<T, 1, false>;
+      const bool octets = cut.width == kOctet;
       SWAT_RETURN_IF_ERROR(cuda_error(
           kOp,
-          launch_cut(stream, kernel, octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut, gradients,
+          launch_cut(stream, octets ? gradient_sums_kernel<T, kOctet> : gradient_sums_kernel<T, 1>,
+                     octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut, gradients,
                      rows, channels, cut.lanes, memory.counters, memory.partial,
                      static_cast<float*>(sum->untyped_data()) + b * channels,
                      static_cast<float*>(sum_normalized->untyped_data()) + b * channels)));

@@ -79,16 +79,15 @@ struct Normalize {
                            bool whole) const {
     float loaded[2][kOctet];
     if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
-    float values[kOctet];
+    Octet<T> octet;
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
       float value = kFixed ? normalized(to_float(given.x.v[j]), fixed[0][j], fixed[1][j])
                            : normalized(to_float(given.x.v[j]), loaded[0][j], loaded[1][j]);
       if (residual != nullptr) value += to_float(given.residual.v[j]);
       if (relu) value = rectified(value);
-      values[j] = value;
+      octet.v[j] = from_float<T>(value);
     }
-    Octet<T> octet = octet_of<T>(values);
     if (!whole && i + kOctet > n) {
       // What lies beyond the end must not be counted.
 #pragma unroll
@@ -287,8 +286,7 @@ __global__ void __launch_bounds__(kThreads)
     queue.wait();
     if constexpr (!kFixed) load_coefficients(coefficients, channels, i, c);
     const Octet<T> x = queue.take(turn, 0), dy = queue.take(turn, 1);
-    Octet<T> more;
-    float result[kOctet];
+    Octet<T> more, result;
     if (through != nullptr) more = queue.take(turn, 2);
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
@@ -300,9 +298,9 @@ __global__ void __launch_bounds__(kThreads)
       }
       float out = fmaf(c[0][j], dz, fmaf(c[2][j], value, c[3][j]));
       if (through != nullptr) out += to_float(more.v[j]);
-      result[j] = out;
+      result.v[j] = from_float<T>(out);
     }
-    store(octet_of<T>(result), to, i, n, wide);
+    store(result, to, i, n, wide);
   }
 }
 

@@ -115,23 +115,6 @@ struct alignas(16) Octet {
   T v[kOctet];
 };
 
-// Rounds eight numbers, two at a time where they are 16 bits wide.
-template <typename T>
-__device__ __forceinline__ Octet<T> octet_of(const float (&values)[kOctet]) {
-  Octet<T> octet;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    __nv_bfloat162* pairs = reinterpret_cast<__nv_bfloat162*>(&octet);
-#pragma unroll
-    for (int p = 0; p < kOctet / 2; ++p) {
-      pairs[p] = __floats2bfloat162_rn(values[2 * p], values[2 * p + 1]);
-    }
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) octet.v[j] = from_float<T>(values[j]);
-  }
-  return octet;
-}
-
 // Eight flags of four pairs, whose halves are all ones or all zeros.
 __device__ __forceinline__ uint32_t flags_of(const uint32_t (&pairs)[kOctet / 2]) {
   // A byte of each, -1 or 0, times minus its weight.
@@ -530,11 +513,14 @@ inline int multiprocessors() {
   return count;
 }
 
-#define SWAT_RETURN_IF_CUDA_ERROR(expression)       \
-  do {                                              \
-    const cudaError_t swat_code = (expression);     \
-    if (swat_code != cudaSuccess) return swat_code; \
-  } while (0)
+// Whether a block may have as much shared memory.
+inline bool has_shared_memory(size_t bytes) {
+  int device = 0, most = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
+             cudaSuccess &&
+         static_cast<size_t>(most) >= bytes;
+}
 
 // Blocks that live as long as there is work: as many as the device holds at once, at most `work`.
 template <typename Kernel>

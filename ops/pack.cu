@@ -5,7 +5,7 @@
 namespace swat {
 namespace {
 
-ffi::Error pack_handler(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer threshold,
+ffi::Error pack_op(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer threshold,
                 ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> bitmap,
                 ffi::Result<ffi::AnyBuffer> offsets, ffi::Result<ffi::AnyBuffer> overflow,
                 ffi::Result<ffi::AnyBuffer> scratch) {
@@ -32,8 +32,9 @@ ffi::Error pack_handler(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer th
       selection.thresholds = static_cast<float*>(threshold.untyped_data()) + b;
       selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
                                           offsets->untyped_data(), overflow->untyped_data());
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, clear(stream, selection)));
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, pack(stream, source, source, selection)));
+      SWAT_RETURN_IF_ERROR(cuda_error(
+          kOp, cudaMemsetAsync(selection.workspace, 0, selection_words(n) * 4, stream)));
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, swat::pack(stream, source, source, selection)));
     }
     return ffi::Error::Success();
   });
@@ -141,7 +142,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-ffi::Error unpack_handler(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer bitmap,
+ffi::Error unpack_op(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer bitmap,
                   ffi::AnyBuffer offsets, ffi::AnyBuffer least,
                   ffi::Result<ffi::AnyBuffer> result) {
   constexpr const char* kOp = "unpack";
@@ -171,7 +172,7 @@ ffi::Error unpack_handler(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBu
 }  // namespace
 }  // namespace swat
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_pack, swat::pack_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_pack, swat::pack_op,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()   // x
@@ -183,7 +184,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_pack, swat::pack_handler,
                                   .Ret<xla::ffi::AnyBuffer>(),  // scratch
                               {xla::ffi::Traits::kCmdBufferCompatible});
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_unpack, swat::unpack_handler,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_unpack, swat::unpack_op,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()   // values

@@ -2,10 +2,10 @@
 //
 // They read from a Source, so that what makes the values (batch norm, say) runs in the same pass.
 // `search_kernel` finds exact thresholds, if they are wanted, and makes the values on the way.
-// `mark_kernel` says what is kept by thresholds: those that were found, of the values that were made;
-// those that were given, in the pass that makes them. `gather_kernel` brings the kept ones together.
-// If there is no room for all, `overflow_kernel` raises the limit to the `capacity`-th largest
-// magnitude and does it again. What is to be done stands in device memory.
+// `pack_kernel` packs by thresholds: those that were found, from the values that were made; those
+// that were given, in the pass that makes them. If more survive than there is room for,
+// `overflow_kernel` raises the limit to the `capacity`-th largest magnitude and packs again. What is
+// to be done stands in device memory. The blocks of each kernel run at once and wait for each other.
 
 #pragma once
 
@@ -14,18 +14,22 @@
 
 namespace swat {
 
-// Device state of one selection.
+// Groups of a span where shared memory has room for it.
+template <typename T>
+constexpr int kUsualGroups = sizeof(T) == 2 ? 2 : 1;
+
+// Device state of one selection. It starts as zeros.
 struct Control {
-  Search searches[2];  // of search_kernel and overflow_kernel; they start as zeros
+  Search searches[2];  // of search_kernel and overflow_kernel
   uint32_t wanted;     // how many values the thresholds asked for
-  uint32_t blocks[kMostBlocks], ties[kMostBlocks];  // see Counts and mark_limited
-  uint32_t padding[4 - (2 * sizeof(Search) / 4 + 1) % 4];
 };
-static_assert(sizeof(Control) % 16 == 0);
 
 // Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
+__host__ __device__ inline int64_t least_spans_of(int64_t n) {
+  return (n + kLeastSpan - 1) / kLeastSpan;
+}
 __host__ __device__ inline int64_t selection_words(int64_t n) {
-  return sizeof(Control) / sizeof(uint32_t) + tiles_of(n) * (kParts / 2);
+  return sizeof(Control) / sizeof(uint32_t) + 3 * least_spans_of(n);
 }
 
 template <typename T>
@@ -40,8 +44,9 @@ struct Selection {
 
   __device__ bool is_exact() const { return refresh == nullptr || *refresh != 0; }
   __device__ Control* control() const { return reinterpret_cast<Control*>(workspace); }
-  __device__ Counts counts() const {
-    return {reinterpret_cast<uint16_t*>(control() + 1), control()->blocks};
+  // A word for every span: counts in pack_kernel, in overflow_kernel, and of ties there.
+  __device__ uint32_t* counts(int which) const {
+    return workspace + sizeof(Control) / sizeof(uint32_t) + which * least_spans_of(n);
   }
 };
 
@@ -52,8 +57,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   extern __shared__ uint4 dynamic[];
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  constexpr int64_t kWords = sizeof(Control::searches) / sizeof(uint32_t);
-  for (int64_t i = thread; i < kWords; i += threads) selection.workspace[i] = 0;
+  const int64_t words = selection_words(selection.n);
+  for (int64_t i = thread; i < words; i += threads) selection.workspace[i] = 0;
   if (!selection.is_exact()) {
     if (thread < selection.ranks.count) selection.thresholds[thread] = selection.stored[thread];
     return;
@@ -65,31 +70,26 @@ __global__ void __launch_bounds__(kThreads, 3)
                              &selection.control()->searches[0], selection.thresholds, dynamic);
 }
 
-template <typename T, typename Source, int kDepth>
-__global__ void __launch_bounds__(kThreads, 3)
-    mark_kernel(Source source, Values<T> made, Selection<T> selection) {
+template <typename T, typename Source, int kDepth, int kGroups>
+__global__ void __launch_bounds__(kThreads, 2)
+    pack_kernel(Source source, Values<T> made, Selection<T> selection) {
   extern __shared__ uint4 dynamic[];
-  __shared__ uint32_t sums[kWarps];
+  __shared__ PackScratch scratch;
+  const Packed<T> packed = selection.packed;
   float smallest = selection.thresholds[0];
   for (int s = 1; s < selection.ranks.count; ++s) {
     if (magnitude(selection.thresholds[s]) < magnitude(smallest)) smallest = selection.thresholds[s];
   }
-  const Limit<T> limit(smallest);
+  const PackLimit<T> limit{Limit<T>(smallest)};
+  uint32_t wanted;
   if (std::is_same_v<Source, Values<T>> || selection.is_exact()) {
-    mark<T, kDepth>(made, selection.n, limit, selection.packed, selection.counts(), dynamic, sums);
+    wanted = pack_spans<T, kDepth, kGroups>(made, selection.n, limit, packed, selection.counts(0),
+                                            dynamic, scratch);
   } else {
     source.prepare();
-    mark<T, kDepth>(source, selection.n, limit, selection.packed, selection.counts(), dynamic, sums);
+    wanted = pack_spans<T, kDepth, kGroups>(source, selection.n, limit, packed, selection.counts(0),
+                                            dynamic, scratch);
   }
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 3)
-    gather_kernel(Values<T> made, Selection<T> selection) {
-  extern __shared__ uint4 dynamic[];
-  __shared__ uint32_t sums[kWarps];
-  const Packed<T> packed = selection.packed;
-  const uint32_t wanted = gather(made, selection.n, packed, selection.counts(), dynamic, sums);
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t i = wanted + thread; i < packed.capacity;
        i += static_cast<int64_t>(gridDim.x) * kThreads) {
@@ -101,26 +101,40 @@ __global__ void __launch_bounds__(kThreads, 3)
   }
 }
 
-template <typename T, int kDepth>
+template <typename T, int kDepth, int kGroups>
 __global__ void __launch_bounds__(kThreads, 2)
     overflow_kernel(Values<T> made, Selection<T> selection) {
   extern __shared__ uint4 dynamic[];
-  __shared__ uint32_t sums[kWarps];
+  __shared__ PackScratch scratch;
   const Packed<T> packed = selection.packed;
-  Control* control = selection.control();
-  if (control->wanted <= packed.capacity) return;
+  if (selection.control()->wanted <= packed.capacity) return;
   const auto grid = cooperative_groups::this_grid();
-  Search* search = &control->searches[1];
+  Search* search = &selection.control()->searches[1];
   Ranks ranks;
   ranks.constant = packed.capacity;
   find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search, nullptr, dynamic);
-  mark_limited(grid, made, selection.n, Limit<T>(search->limit), packed.capacity - search->above,
-               packed, selection.counts(), control->ties, sums);
+  PackLimit<T> limit{Limit<T>(search->limit)};
+  limit.limits_ties = true;
+  limit.room = packed.capacity - search->above;
+  limit.ties = selection.counts(2);
+  count_ties<T, kGroups>(made, selection.n, limit.limit, selection.counts(2), scratch);
   grid.sync();
-  gather(made, selection.n, packed, selection.counts(), dynamic, sums);
+  pack_spans<T, kDepth, kGroups>(made, selection.n, limit, packed, selection.counts(1), dynamic,
+                                 scratch);
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
+
+// Calls `run` with how deep queues are and how many groups a span has, both constants. `bytes` of
+// shared memory are needed with the usual ones; up to compute capability 7.5 a block may not have
+// them, and there are no queues either.
+template <typename T, typename Run>
+cudaError_t with_sizes(size_t bytes, Run&& run) {
+  using One = std::integral_constant<int, 1>;
+  if (!has_shared_memory(bytes + sizeof(PackScratch))) return run(One{}, One{});
+  return run(std::integral_constant<int, kUsualDepth<T>>{},
+             std::integral_constant<int, kUsualGroups<T>>{});
+}
 
 template <typename T, typename Source>
 cudaError_t search(cudaStream_t stream, const Source& source, const Values<T>& made,
@@ -131,31 +145,25 @@ cudaError_t search(cudaStream_t stream, const Source& source, const Values<T>& m
                          tiles_of(selection.n), kMostBlocks, source, made, selection);
 }
 
-// `search` comes before, or `clear`.
+// `search` or a clear workspace comes before.
 template <typename T, typename Source>
 cudaError_t pack(cudaStream_t stream, const Source& source, const Values<T>& made,
                  const Selection<T>& selection) {
-  constexpr int kDepth = kUsualDepth<T>;
-  constexpr size_t kMark = Streams<T, Source::kStreams, kDepth>::kBytes;
-  const int64_t rounds = (tiles_of(selection.n) + kWarps - 1) / kWarps;
-  unsigned blocks = 0;
-  SWAT_RETURN_IF_CUDA_ERROR(
-      resident_blocks(mark_kernel<T, Source, kDepth>, kMark, rounds, blocks));
-  blocks = std::min(blocks, kMostBlocks);
-  mark_kernel<T, Source, kDepth><<<blocks, kThreads, kMark, stream>>>(source, made, selection);
-  SWAT_RETURN_IF_CUDA_ERROR(cudaGetLastError());
-  // The same ranges: as many blocks.
-  gather_kernel<T><<<blocks, kThreads, gather_bytes<T>(), stream>>>(made, selection);
-  SWAT_RETURN_IF_CUDA_ERROR(cudaGetLastError());
-  constexpr size_t kSearch = kCountBytes + Streams<T, 1, kDepth>::kBytes;
-  return launch_together(stream, overflow_kernel<T, kDepth>,
-                         std::max(kSearch, gather_bytes<T>()), rounds, kMostBlocks, made,
-                         selection);
-}
-
-template <typename T>
-cudaError_t clear(cudaStream_t stream, const Selection<T>& selection) {
-  return cudaMemsetAsync(selection.workspace, 0, sizeof(Control::searches), stream);
+  constexpr int kStreams = Source::kStreams;
+  constexpr size_t kBytes = pack_bytes<T, kStreams, kUsualDepth<T>, kUsualGroups<T>>();
+  static_assert(kBytes >= kCountBytes + Streams<T, 1>::kBytes);  // overflow_kernel searches, too
+  return with_sizes<T>(kBytes, [&](auto depth, auto groups) {
+    constexpr int kDepth = decltype(depth)::value, kGroups = decltype(groups)::value;
+    const int64_t spans = spans_of<T, kGroups>(selection.n);
+    const cudaError_t code = launch_together(
+        stream, pack_kernel<T, Source, kDepth, kGroups>, pack_bytes<T, kStreams, kDepth, kGroups>(),
+        spans, kMostBlocks, source, made, selection);
+    if (code != cudaSuccess) return code;
+    constexpr size_t kSearch = kCountBytes + Streams<T, 1, kDepth>::kBytes;
+    return launch_together(stream, overflow_kernel<T, kDepth, kGroups>,
+                           std::max(kSearch, pack_bytes<T, 1, kDepth, kGroups>()), spans,
+                           kMostBlocks, made, selection);
+  });
 }
 
 }  // namespace swat

@@ -37,7 +37,7 @@ OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Sizes that the handlers check: `selection_words` and `Cut::words` in ops/.
-_SEARCH_WORDS, _MOST_BLOCKS = 15 + 2 * 2**12 + 3 * 2 * 256, 1024
+_CONTROL_WORDS, _SPAN = 2 * (15 + 2 * 2**12 + 3 * 2 * 256) + 1, 4096
 _MOST_CHUNKS, _LEAST_ROWS = 396, 128
 # From this many values on the twins would need 64-bit integers.
 _TWIN_LIMIT = 2**31
@@ -471,8 +471,7 @@ def _words(count: int) -> jax.ShapeDtypeStruct:
 
 
 def _selection_words(size: int) -> int:
-    control = -(-(2 * _SEARCH_WORDS + 1 + 2 * _MOST_BLOCKS) // 4) * 4
-    return control + 4 * -(-size // packing.TILE)
+    return _CONTROL_WORDS + 3 * -(-size // _SPAN)
 
 
 def _cut_words(shape: tuple[int, ...]) -> int:
