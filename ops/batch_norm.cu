@@ -130,7 +130,7 @@ struct Gradients {
   Mask mask;
 };
 
-template <typename T, int V>
+template <typename T, int V, bool kMayKeep>
 __global__ void __launch_bounds__(kThreads, 3)
     gradient_sums_kernel(Gradients<T> gradients, int64_t rows, int64_t channels, int lanes,
                          uint32_t* counters, float2* partial, float* sum, float* sum_normalized) {
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 3)
       shift[v] = gradients.parameters.shift(c);
     }
   }
-  const bool two = gradients.dy2 != nullptr, keeps = gradients.dz != nullptr;
+  const bool two = gradients.dy2 != nullptr, keeps = kMayKeep && gradients.dz != nullptr;
   const T* const arrays[3] = {gradients.x, gradients.dy, gradients.dy2};
   // The bits of the row after this one are on their way while this one is added.
   const auto bits_of = [&](int64_t row) -> uint32_t {
@@ -296,9 +296,12 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
                         is_wide(gradients.dz));
       SWAT_RETURN_IF_ERROR(cuda_error(kOp, memory.clear(cut, stream)));
       const bool octets = cut.width == kOctet;
+      auto kernel = octets ? gradient_sums_kernel<T, kOctet, true> : gradient_sums_kernel<T, 1, true>;
+      // Fewer registers, which are scarce.
+      if (octets && gradients.dz == nullptr) kernel = gradient_sums_kernel<T, kOctet, false>;
       SWAT_RETURN_IF_ERROR(cuda_error(
           kOp,
-          launch_cut(stream, octets ? gradient_sums_kernel<T, kOctet> : gradient_sums_kernel<T, 1>,
+          launch_cut(stream, kernel,
                      octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut, gradients,
                      rows, channels, cut.lanes, memory.counters, memory.partial,
                      static_cast<float*>(sum->untyped_data()) + b * channels,
