@@ -16,14 +16,13 @@ Exit code: 0 done, 1 the run had to stop, 2 the command or the config is wrong.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
 import jax
 from absl import flags
 
-from swat_jax import config_file, listing, metrics, train
+from swat_jax import config_file, listing, metrics, step, train
 from swat_jax.errors import RunError, UsageError
 
 
@@ -49,11 +48,9 @@ def main(argv: Sequence[str]) -> int:
         if not workdir:
             raise UsageError("--workdir is missing: give a folder for checkpoints and results")
         if config.deterministic:
-            # XLA reads this once, when the first device is used.
-            present = os.environ.get("XLA_FLAGS", "")
-            os.environ["XLA_FLAGS"] = f"{present} {train.DETERMINISTIC_FLAGS}".strip()
+            train.set_deterministic_flags()
         if values["distributed"].value:
-            _join_processes()
+            step.join_processes()
         result = train.train_and_evaluate(config, workdir)
     except (UsageError, RunError) as error:
         return _stopped(error, 2 if isinstance(error, UsageError) else 1)
@@ -68,16 +65,6 @@ def main(argv: Sequence[str]) -> int:
         print(train.layer_table(config, result))
         print(metrics.final_table({result["method"]: result}))
     return 0
-
-
-def _join_processes() -> None:
-    try:
-        jax.distributed.initialize()
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"--distributed: {error} Start it under Slurm or Open MPI, one process per GPU, or in "
-            "Kubernetes, one per host, or leave the flag out"
-        ) from error
 
 
 def _stopped(reason: object, code: int) -> int:

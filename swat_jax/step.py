@@ -67,6 +67,21 @@ def make_mesh(devices: int | None = None) -> Mesh:
     return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=available[:count])
 
 
+def join_processes() -> None:
+    """Makes this process one of several that train together, before a device is used.
+
+    Raises:
+      UsageError: if JAX cannot find out who the others are.
+    """
+    try:
+        jax.distributed.initialize()
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"--distributed: {error} Start it under Slurm or Open MPI, one process per GPU, or in "
+            "Kubernetes, one per host, or leave the flag out"
+        ) from error
+
+
 def connect(mesh: Mesh) -> None:
     """Connects the processes of a run, while all of them are at the same point.
 

@@ -43,6 +43,12 @@ _OF_DEVICES = ("activation_thresholds",)
 DETERMINISTIC_FLAGS = "--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0"
 
 
+def set_deterministic_flags() -> None:
+    """Adds `DETERMINISTIC_FLAGS`; XLA reads them once, when the first device is used."""
+    present = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{present} {DETERMINISTIC_FLAGS}".strip()
+
+
 def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     """Trains, or goes on training, and evaluates.
 
