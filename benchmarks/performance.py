@@ -26,7 +26,7 @@ def ops_section(found: dict[str, Any]) -> str:
         "## Ops",
         "",
         f"Measured on an {found['device']}, {found['date']}, jax {found['versions']['jax']}, CUDA",
-        f"{found['library'].get('cuda', '?')}: `python benchmarks/ops.py --slow`. Values are",
+        f"{found['library'].get('cuda', '?')}: `python benchmarks/ops.py`. Values are",
         f"{found['dtype']}, {found['channels']} channels, 90 % sparsity.",
         "",
         "Bytes are those an op has to move: every input read once, every result written once. The",

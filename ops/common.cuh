@@ -399,18 +399,25 @@ __device__ __forceinline__ uint32_t warp_sum(uint32_t value) {
 #endif
 }
 
+// Exclusive prefix sum over the lanes of a warp.
+template <typename Number>
+__device__ __forceinline__ Number warp_scan(Number value) {
+  Number sum = value;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const Number other = __shfl_up_sync(kFullWarp, sum, step);
+    if (static_cast<int>(threadIdx.x) % 32 >= step) sum += other;
+  }
+  return sum - value;
+}
+
 // Exclusive prefix sum over the threads of a block.
 // `totals` is shared memory that nobody else uses until the next barrier of the caller.
 __device__ __forceinline__ uint64_t block_scan(uint64_t value, uint64_t (&totals)[kWarps],
                                                uint64_t& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  uint64_t sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint64_t other = __shfl_up_sync(kFullWarp, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) totals[warp] = sum;
+  const uint64_t in_warp = warp_scan(value);
+  if (lane == 31) totals[warp] = in_warp + value;
   __syncthreads();
   uint64_t before = 0;
   total = 0;
@@ -419,7 +426,7 @@ __device__ __forceinline__ uint64_t block_scan(uint64_t value, uint64_t (&totals
     if (w < warp) before += totals[w];
     total += totals[w];
   }
-  return before + sum - value;
+  return before + in_warp;
 }
 
 // Whether this block is the last of the grid to get here; all that the others wrote is visible.

@@ -184,17 +184,16 @@ __device__ void count_sampled(const Source& source, int64_t n, const Ranks& rank
   __syncthreads();
   for_each_octet<T, kDepth>(
       source, n, shared + kCountBytes / sizeof(uint4), [&](const Octet<T>& octet, int64_t i) {
-                      source.keep(octet, i);
-                      const uint32_t flags = flags_from(octet, least << kLowBits<T>);
+        source.keep(octet, i);
+        const uint32_t flags = flags_from(octet, least << kLowBits<T>);
 #pragma unroll
-                      for (int j = 0; j < kOctet; ++j) {
-                        // 16 bits: NaNs may have several keys, all of which become NaN.
-                        const uint32_t key = sizeof(T) == 2
-                                                 ? unsigned_bits(octet.v[j])
-                                                 : magnitude(octet.v[j]) >> kLowBits<T>;
-                        count_if(flags & 1u << j, &counts[min(key - least, kBins - 1u)]);
-                      }
-                    });
+        for (int j = 0; j < kOctet; ++j) {
+          // 16 bits: NaNs may have several keys, all of which become NaN.
+          const uint32_t key = sizeof(T) == 2 ? unsigned_bits(octet.v[j])
+                                              : magnitude(octet.v[j]) >> kLowBits<T>;
+          count_if(flags & 1u << j, &counts[min(key - least, kBins - 1u)]);
+        }
+      });
   __syncthreads();
   for (int i = threadIdx.x; i < kBins; i += kThreads) {
     if (counts[i] != 0) atomicAdd(&search->sampled[i], counts[i]);
@@ -238,18 +237,18 @@ __device__ void count_digit(const Source& source, int64_t n, int digit, const Ra
   __syncthreads();
   for_each_octet<T, kDepth>(
       source, n, shared + kCountBytes / sizeof(uint4), [&](const Octet<T>& octet, int64_t i) {
-                      source.keep(octet, i);
+        source.keep(octet, i);
 #pragma unroll
-                      for (int j = 0; j < kOctet; ++j) {
-                        const uint32_t found = magnitude(octet.v[j]);
+        for (int j = 0; j < kOctet; ++j) {
+          const uint32_t found = magnitude(octet.v[j]);
 #pragma unroll
-                        for (int s = 0; s < kMaxSelections; ++s) {
-                          // Zeros are never kept.
-                          count_if(s < kinds && found != 0 && found >> (shift + width) == prefix[s],
-                                   &counts[s * bins + (found >> shift & (bins - 1))]);
-                        }
-                      }
-                    });
+          for (int s = 0; s < kMaxSelections; ++s) {
+            // Zeros are never kept.
+            count_if(s < kinds && found != 0 && found >> (shift + width) == prefix[s],
+                     &counts[s * bins + (found >> shift & (bins - 1))]);
+          }
+        }
+      });
   __syncthreads();
   uint32_t* global[kMaxSelections];
   for (int s = 0; s < kMaxSelections; ++s) {

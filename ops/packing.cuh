@@ -76,21 +76,15 @@ ffi::Error check_packed(const char* op, ffi::DataType type, int64_t n, int64_t b
 
 // ---- Ranks -------------------------------------------------------------------------------------
 
-// Of up to four octets of a thread, a byte of flags each: how many flags the lanes before it have in each
-// octet, at most 248, and how many this lane has; a byte for each.
+// Of up to four octets of a thread, a byte of flags each: how many flags the lanes before it have in
+// each octet, at most 248, and how many this lane has; a byte for each.
 struct WarpRanks {
   uint32_t before, own = 0;
   __device__ explicit WarpRanks(uint32_t flags) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
     for (int k = 0; k < 4; ++k) own |= __popc(flags >> (8 * k) & 0xff) << (8 * k);
-    before = __shfl_up_sync(kFullWarp, own, 1);
-    if (lane == 0) before = 0;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const uint32_t other = __shfl_up_sync(kFullWarp, before, step);
-      if (lane >= step) before += other;
-    }
+    // With its own a byte may count to 256 and carry; what is then subtracted takes it back.
+    before = warp_scan(own);
   }
   __device__ __forceinline__ uint32_t rank(int k) const { return before >> (8 * k) & 0xff; }
   // In the last lane how many flags the warp has.
@@ -110,17 +104,6 @@ __device__ __forceinline__ uint32_t sum_of(const uint32_t (&parts)[kWarps]) {
   const uint4 low = reinterpret_cast<const uint4*>(parts)[0];
   const uint4 high = reinterpret_cast<const uint4*>(parts)[1];
   return low.x + low.y + low.z + low.w + high.x + high.y + high.z + high.w;
-}
-
-// Exclusive prefix sum over the lanes of a warp.
-__device__ __forceinline__ uint32_t warp_scan(uint32_t value) {
-  uint32_t sum = value;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const uint32_t other = __shfl_up_sync(kFullWarp, sum, step);
-    if (static_cast<int>(threadIdx.x) % 32 >= step) sum += other;
-  }
-  return sum - value;
 }
 
 // ---- Packing -----------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ struct Control {
   uint32_t wanted;     // how many values the thresholds asked for
 };
 
-// Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
 __host__ __device__ inline int64_t least_spans_of(int64_t n) {
   return (n + kLeastSpan - 1) / kLeastSpan;
 }
+// Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
 __host__ __device__ inline int64_t selection_words(int64_t n) {
   return sizeof(Control) / sizeof(uint32_t) + 3 * least_spans_of(n);
 }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator
 
 import jax
@@ -101,8 +100,3 @@ class Pool:
             yield lax.slice(
                 padded, (0, *start, 0), (x.shape[0], *stops, x.shape[-1]), (1, *self.strides, 1)
             )
-
-    @property
-    def positions(self) -> int:
-        """How many there are in a window."""
-        return math.prod(self.window)
