@@ -28,12 +28,12 @@ struct Walk {
 template <typename T, int V, int kStreams, typename Add>
 __device__ void for_each_row(const Walk& walk, int64_t channels, const T* const (&arrays)[kStreams],
                              unsigned present, uint4* shared, Add add) {
-  T values[kStreams][V];
+  float values[kStreams][V];
   if constexpr (V == 1) {
     for (int64_t row = walk.row; row < walk.end; row += walk.step) {
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) {
-        if (present >> s & 1) values[s][0] = arrays[s][row * channels + walk.channel];
+        if (present >> s & 1) values[s][0] = to_float(arrays[s][row * channels + walk.channel]);
       }
       add(values, row);
     }
@@ -47,7 +47,7 @@ __device__ void for_each_row(const Walk& walk, int64_t channels, const T* const 
         for (int s = 0; s < kStreams; ++s) {
           if (present >> s & 1) {
             const int64_t i = row * channels + walk.channel;
-            queue.request(turn, s, arrays[s], i, i + kOctet, true);
+            queue.request(turn, s, arrays[s], i, i + kOctet, true, true);
           }
         }
       }
@@ -60,11 +60,7 @@ __device__ void for_each_row(const Walk& walk, int64_t channels, const T* const 
       queue.wait();
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) {
-        if (present >> s & 1) {
-          const Octet<T> octet = queue.take(turn, s);
-#pragma unroll
-          for (int v = 0; v < V; ++v) values[s][v] = octet.v[v];
-        }
+        if (present >> s & 1) to_floats(queue.take(turn, s), values[s]);
       }
       add(values, row);
     }
@@ -96,10 +92,10 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int v = 0; v < V; ++v) shift[v] = shift_of(walk.channel + v);
   }
   const T* const arrays[1] = {x};
-  for_each_row<T, V>(walk, channels, arrays, 1u, dynamic, [&](const T(&values)[1][V], int64_t) {
+  for_each_row<T, V>(walk, channels, arrays, 1u, dynamic, [&](const float(&values)[1][V], int64_t) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const float value = to_float(values[0][v]) - shift[v];
+      const float value = values[0][v] - shift[v];
       first[v] += value;
       second[v] = fmaf(value, value, second[v]);
     }
@@ -158,36 +154,45 @@ __global__ void __launch_bounds__(kThreads, 3)
   uint32_t ahead[3] = {bits_of(walk.row), bits_of(walk.row + walk.step),
                        bits_of(walk.row + 2 * walk.step)};
   for_each_row<T, V>(
-      walk, channels, arrays, two ? 7u : 3u, dynamic, [&](const T(&values)[3][V], int64_t row) {
+      walk, channels, arrays, two ? 7u : 3u, dynamic, [&](const float(&values)[3][V], int64_t row) {
         const uint32_t bits = ahead[0];
         ahead[0] = ahead[1];
         ahead[1] = ahead[2];
         ahead[2] = bits_of(row + 3 * walk.step);
-        Octet<T> kept;
+        uint32_t passes = bits;
+        if (gradients.mask == Mask::kSign) {
+          float y[V];
+#pragma unroll
+          for (int v = 0; v < V; ++v) y[v] = normalized(values[0][v], factor[v], shift[v]);
+          if constexpr (V == kOctet) {
+            passes = positive_flags(from_floats<T>(y));
+          } else {
+            passes = to_float(from_float<T>(y[0])) > 0.f ? 1 : 0;
+          }
+        }
+        float dz[V];
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const float x = to_float(values[0][v]);
-          float dz = to_float(values[1][v]);
-          if (two) dz += to_float(values[2][v]);
-          bool passes = bits >> v & 1;
-          if (gradients.mask == Mask::kSign) {
-            passes = to_float(from_float<T>(normalized(x, factor[v], shift[v]))) > 0.f;
-          }
-          if (!passes) dz = 0.f;
-          if (keeps) {
-            kept.v[v] = from_float<T>(dz);
-            dz = to_float(kept.v[v]);
-          }
-          first[v] += dz;
-          second[v] = fmaf(dz, x - mean[v], second[v]);
+          dz[v] = values[1][v];
+          if (two) dz[v] += values[2][v];
+          if ((passes >> v & 1) == 0) dz[v] = 0.f;
         }
         if (keeps) {
           const int64_t i = row * channels + walk.channel;
-          if constexpr (V == 1) {
-            gradients.dz[i] = kept.v[0];
-          } else {
+          if constexpr (V == kOctet) {
+            const Octet<T> kept = from_floats<T>(dz);
             store(kept, gradients.dz, i, i + kOctet, true, true);
+            to_floats(kept, dz);
+          } else {
+            const T kept = from_float<T>(dz[0]);
+            gradients.dz[i] = kept;
+            dz[0] = to_float(kept);
           }
+        }
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          first[v] += dz[v];
+          second[v] = fmaf(dz[v], values[0][v] - mean[v], second[v]);
         }
       });
   __syncthreads();

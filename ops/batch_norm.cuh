@@ -10,10 +10,20 @@
 
 namespace swat {
 
-__device__ __forceinline__ uint32_t channel_of(int64_t i, uint32_t channels) {
-  return i >> 32 == 0 ? static_cast<uint32_t>(i) % channels
-                      : static_cast<uint32_t>(static_cast<uint64_t>(i) % channels);
-}
+// The remainder of an index divided by the number of channels, which is below 2**31. Multiplying by
+// the inverse is exact for indices below 2**32 (Lemire, Kaser and Kurz 2019, "Faster remainder by
+// direct computation").
+struct Remainder {
+  uint64_t inverse = 0;
+  uint32_t divisor = 1;
+
+  Remainder() = default;
+  explicit Remainder(uint32_t divisor) : inverse(~uint64_t{0} / divisor + 1), divisor(divisor) {}
+  __device__ __forceinline__ uint32_t operator()(int64_t i) const {
+    if (i >> 32 != 0) return static_cast<uint32_t>(static_cast<uint64_t>(i) % divisor);
+    return static_cast<uint32_t>(__umul64hi(inverse * static_cast<uint64_t>(i), divisor));
+  }
+};
 
 inline bool is_fixed(int64_t channels) { return channels <= kTile && kTile % channels == 0; }
 
@@ -37,9 +47,10 @@ __device__ __forceinline__ float normalized(float x, float factor, float shift) 
 
 // `count` per-channel arrays for the octet at flat index i, from memory: (count, channels) floats.
 template <int kCount>
-__device__ __forceinline__ void load_coefficients(const float* from, uint32_t channels, int64_t i,
-                                                  float (&to)[kCount][kOctet]) {
-  uint32_t c = channel_of(i, channels);
+__device__ __forceinline__ void load_coefficients(const float* from, const Remainder& remainder,
+                                                  int64_t i, float (&to)[kCount][kOctet]) {
+  const uint32_t channels = remainder.divisor;
+  uint32_t c = remainder(i);
   if (channels % kOctet == 0) {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {

@@ -9,85 +9,81 @@ namespace {
 
 // ---- Forward -----------------------------------------------------------------------------------
 
-// NaN passes, and -0 becomes 0.
-__device__ __forceinline__ float rectified(float value) {
-#if __CUDA_ARCH__ >= 800
-  asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(value) : "f"(value));
-  return value;
-#else
-  return value <= 0.f ? 0.f : value;
-#endif
-}
-
 // y = relu(x * factor + shift + residual), stored as it is made.
-template <typename T, bool kFixed>
+template <typename T, bool kFixed, bool kResidual>
 struct Normalize {
-  static constexpr int kStreams = 2;
+  static constexpr int kStreams = kResidual ? 2 : 1;
   const T* x;
-  const T* residual;   // may be absent
+  const T* residual;   // if kResidual
   T* y;
   uint32_t* positive;  // may be absent: bits that say where y > 0
   Parameters parameters;
   const float* coefficients;  // factor and shift of all channels, unless kFixed
   int64_t n;
-  uint32_t channels;
+  Remainder channels;
   bool relu, wide;
   float own[2][kOctet];  // of this thread, if kFixed
 
   __device__ void prepare() {
-    if constexpr (kFixed) {
-#pragma unroll
-      for (int j = 0; j < kOctet; ++j) {
-        const uint32_t c = (threadIdx.x * kOctet + j) % channels;
-        own[0][j] = parameters.factor(c);
-        own[1][j] = parameters.shift(c);
-      }
-    }
+    if constexpr (kFixed) find_own(threadIdx.x * kOctet, own);
   }
-  struct Given {
-    Octet<T> x, residual;
-  };
   template <typename Queue>
   __device__ void request(const Queue& queue, int turn, int64_t i, bool whole = false) const {
     queue.request(turn, 0, x, i, n, wide, whole);
-    if (residual != nullptr) queue.request(turn, 1, residual, i, n, wide, whole);
+    if constexpr (kResidual) queue.request(turn, 1, residual, i, n, wide, whole);
   }
   template <typename Queue>
   __device__ Octet<T> take(const Queue& queue, int turn, int64_t i, bool whole = false) const {
-    Given given;
-    given.x = queue.take(turn, 0);
-    if (residual != nullptr) given.residual = queue.take(turn, 1);
-    return make(given, i, own, whole);
+    Octet<T> added;
+    if constexpr (kResidual) added = queue.take(turn, 1);
+    return make(queue.take(turn, 0), added, i, own, whole);
   }
   __device__ Octet<T> peek(int64_t i) const {
-    Given given;
-    given.x = load(x, i, n, wide);
-    if (residual != nullptr) given.residual = load(residual, i, n, wide);
+    Octet<T> added;
+    if constexpr (kResidual) added = load(residual, i, n, wide);
     // A sample may meet other channels than the walk.
     float other[2][kOctet];
-    if constexpr (kFixed) {
-#pragma unroll
-      for (int j = 0; j < kOctet; ++j) {
-        const uint32_t c = channel_of(i + j, channels);
-        other[0][j] = parameters.factor(c);
-        other[1][j] = parameters.shift(c);
-      }
-    }
-    return make(given, i, other, false);
+    if constexpr (kFixed) find_own(i, other);
+    return make(load(x, i, n, wide), added, i, other, false);
   }
-  __device__ Octet<T> make(const Given& given, int64_t i, const float (&fixed)[2][kOctet],
-                           bool whole) const {
-    float loaded[2][kOctet];
-    if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
-    Octet<T> octet;
+  __device__ void keep(const Octet<T>& octet, int64_t i, bool whole = false) const {
+    store(octet, y, i, n, wide, whole);
+    if (positive == nullptr) return;
+    const uint32_t flags = positive_flags(octet);
+    if (whole) {
+      reinterpret_cast<uint8_t*>(positive)[static_cast<uint64_t>(i) / kOctet] = static_cast<uint8_t>(flags);
+    } else {
+      store_bits(positive, i, n, flags);
+    }
+  }
+
+ private:
+  __device__ void find_own(int64_t i, float (&to)[2][kOctet]) const {
+    uint32_t c = channels(i);
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
-      float value = kFixed ? normalized(to_float(given.x.v[j]), fixed[0][j], fixed[1][j])
-                           : normalized(to_float(given.x.v[j]), loaded[0][j], loaded[1][j]);
-      if (residual != nullptr) value += to_float(given.residual.v[j]);
-      if (relu) value = rectified(value);
-      octet.v[j] = from_float<T>(value);
+      to[0][j] = parameters.factor(c);
+      to[1][j] = parameters.shift(c);
+      if (++c == channels.divisor) c = 0;
     }
+  }
+  __device__ Octet<T> make(const Octet<T>& given, const Octet<T>& added, int64_t i,
+                           const float (&fixed)[2][kOctet], bool whole) const {
+    float loaded[2][kOctet], values[kOctet], more[kOctet];
+    if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
+    to_floats(given, values);
+    if constexpr (kResidual) to_floats(added, more);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      if constexpr (kFixed) {
+        values[j] = normalized(values[j], fixed[0][j], fixed[1][j]);
+      } else {
+        values[j] = normalized(values[j], loaded[0][j], loaded[1][j]);
+      }
+      if constexpr (kResidual) values[j] += more[j];
+    }
+    Octet<T> octet = from_floats<T>(values);
+    if (relu) rectify(octet);
     if (!whole && i + kOctet > n) {
       // What lies beyond the end must not be counted.
 #pragma unroll
@@ -96,10 +92,6 @@ struct Normalize {
       }
     }
     return octet;
-  }
-  __device__ void keep(const Octet<T>& octet, int64_t i, bool whole = false) const {
-    store(octet, y, i, n, wide, whole);
-    if (positive != nullptr) store_bits(positive, i, n, positive_flags(octet));
   }
 };
 
@@ -170,9 +162,9 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
   }
   return with_type(kOp, "x", type, [&](auto example) {
     using T = decltype(example);
-    const auto run = [&](auto fixed) -> ffi::Error {
+    const auto run = [&](auto fixed, auto adds) -> ffi::Error {
       constexpr bool kFixed = decltype(fixed)::value;
-      using Source = Normalize<T, kFixed>;
+      using Source = Normalize<T, kFixed, decltype(adds)::value>;
       for (int64_t b = 0; b < batch; ++b) {
         uint32_t* memory = static_cast<uint32_t*>(scratch->untyped_data()) + b * words;
         Source source;
@@ -185,7 +177,7 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
                                     b * bitmap_words(n);
         source.parameters = vectors.of(b, channels);
         source.n = n;
-        source.channels = static_cast<uint32_t>(channels);
+        source.channels = Remainder(static_cast<uint32_t>(channels));
         source.relu = relu;
         source.wide = is_wide(source.x) && is_wide(source.residual) && is_wide(source.y);
         source.coefficients = nullptr;
@@ -193,8 +185,8 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
           float* coefficients = reinterpret_cast<float*>(memory);
           source.coefficients = coefficients;
           const unsigned blocks = static_cast<unsigned>((channels + kThreads - 1) / kThreads);
-          coefficients_kernel<<<blocks, kThreads, 0, stream>>>(source.parameters, source.channels,
-                                                               coefficients);
+          coefficients_kernel<<<blocks, kThreads, 0, stream>>>(
+              source.parameters, source.channels.divisor, coefficients);
           SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
         }
         if (!selects) {
@@ -222,7 +214,10 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
       }
       return ffi::Error::Success();
     };
-    return is_fixed(channels) ? run(std::true_type{}) : run(std::false_type{});
+    const auto run_fixed = [&](auto adds) {
+      return is_fixed(channels) ? run(std::true_type{}, adds) : run(std::false_type{}, adds);
+    };
+    return residual.element_count() > 0 ? run_fixed(std::true_type{}) : run_fixed(std::false_type{});
   });
 }
 
@@ -250,59 +245,72 @@ __device__ inline void gradient_coefficients(const Parameters& parameters, const
   to[3] = -factor * (sums.sum[c] * sums.inverse_count) - slope * parameters.mean[c];
 }
 
-// `finds_sign`: dy passes where y, found again, is positive.
+// dx, stored as it is made. `finds_sign`: dy passes where y, found again, is positive.
 template <typename T, bool kFixed>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(const T* from, const T* dys, const T* through, T* to, Parameters parameters,
-                    GradientSums sums, const float* coefficients, int64_t n, uint32_t channels,
-                    bool finds_sign, bool wide) {
-  extern __shared__ uint4 dynamic[];
-  using Queue = Streams<T, 3>;
-  const Queue queue{dynamic};
-  float c[kGradientCoefficients][kOctet];
-  if constexpr (kFixed) {
+struct Gradient {
+  static constexpr int kStreams = 3;
+  const T *x, *dy;
+  const T* through;  // may be absent
+  T* dx;
+  Parameters parameters;
+  GradientSums sums;
+  const float* coefficients;  // of all channels, unless kFixed
+  int64_t n;
+  Remainder channels;
+  bool finds_sign, wide;
+  float own[kGradientCoefficients][kOctet];  // of this thread, if kFixed
+
+  __device__ void prepare() {
+    if constexpr (kFixed) {
 #pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      float own[kGradientCoefficients];
-      gradient_coefficients(parameters, sums, (threadIdx.x * kOctet + j) % channels, own);
+      for (int j = 0; j < kOctet; ++j) {
+        float found[kGradientCoefficients];
+        gradient_coefficients(parameters, sums, (threadIdx.x * kOctet + j) % channels.divisor, found);
 #pragma unroll
-      for (int k = 0; k < kGradientCoefficients; ++k) c[k][j] = own[k];
-    }
-  }
-  const int64_t stride = static_cast<int64_t>(gridDim.x) * kTile;
-  int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x * kOctet, ahead = i;
-  const auto request = [&](int turn) {
-    if (ahead < n) {
-      queue.request(turn, 0, from, ahead, n, wide);
-      queue.request(turn, 1, dys, ahead, n, wide);
-      if (through != nullptr) queue.request(turn, 2, through, ahead, n, wide);
-    }
-    queue.commit();
-    ahead += stride;
-  };
-  for (int turn = 0; turn < Queue::kDepth - 1; ++turn) request(turn);
-  for (int turn = 0; i < n; i += stride, ++turn) {
-    request(turn + Queue::kDepth - 1);
-    queue.wait();
-    if constexpr (!kFixed) load_coefficients(coefficients, channels, i, c);
-    const Octet<T> x = queue.take(turn, 0), dy = queue.take(turn, 1);
-    Octet<T> more, result;
-    if (through != nullptr) more = queue.take(turn, 2);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      const float value = to_float(x.v[j]);
-      float dz = to_float(dy.v[j]);
-      if (finds_sign) {
-        const T y = from_float<T>(normalized(value, c[0][j], c[1][j]));
-        if (!(to_float(y) > 0.f)) dz = 0.f;
+        for (int k = 0; k < kGradientCoefficients; ++k) own[k][j] = found[k];
       }
-      float out = fmaf(c[0][j], dz, fmaf(c[2][j], value, c[3][j]));
-      if (through != nullptr) out += to_float(more.v[j]);
-      result.v[j] = from_float<T>(out);
     }
-    store(result, to, i, n, wide);
   }
-}
+  template <typename Queue>
+  __device__ void request(const Queue& queue, int turn, int64_t i) const {
+    queue.request(turn, 0, x, i, n, wide);
+    queue.request(turn, 1, dy, i, n, wide);
+    if (through != nullptr) queue.request(turn, 2, through, i, n, wide);
+  }
+  template <typename Queue>
+  __device__ Octet<T> take(const Queue& queue, int turn, int64_t i) const {
+    float loaded[kGradientCoefficients][kOctet], values[kOctet], dz[kOctet];
+    if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
+    const auto c = [&](int k, int j) {
+      if constexpr (kFixed) {
+        return own[k][j];
+      } else {
+        return loaded[k][j];
+      }
+    };
+    to_floats(queue.take(turn, 0), values);
+    to_floats(queue.take(turn, 1), dz);
+    if (finds_sign) {
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) {
+        const T y = from_float<T>(normalized(values[j], c(0, j), c(1, j)));
+        if (!(to_float(y) > 0.f)) dz[j] = 0.f;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      values[j] = fmaf(c(0, j), dz[j], fmaf(c(2, j), values[j], c(3, j)));
+    }
+    if (through != nullptr) {
+      float more[kOctet];
+      to_floats(queue.take(turn, 2), more);
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) values[j] += more[j];
+    }
+    return from_floats<T>(values);
+  }
+  __device__ void keep(const Octet<T>& octet, int64_t i) const { store(octet, dx, i, n, wide); }
+};
 
 __global__ void __launch_bounds__(kThreads)
     gradient_coefficients_kernel(Parameters parameters, GradientSums sums, uint32_t channels,
@@ -338,28 +346,38 @@ ffi::Error gradient(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer dy, ff
   SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::U32, batch * words));
   return with_type(kOp, "x", type, [&](auto example) {
     using T = decltype(example);
-    for (int64_t b = 0; b < batch; ++b) {
-      const Parameters parameters = vectors.of(b, channels);
-      const GradientSums sums{part<float>(sum, b * channels),
-                              part<float>(sum_normalized, b * channels), inverse_count};
-      const T* from = part<T>(x, b * n);
-      const T* dys = part<T>(dy, b * n);
-      const T* more = part<T>(through, b * n);
-      T* to = static_cast<T*>(dx->untyped_data()) + b * n;
-      const bool wide = is_wide(from) && is_wide(dys) && is_wide(more) && is_wide(to);
-      const uint32_t c = static_cast<uint32_t>(channels);
-      float* coefficients = static_cast<float*>(scratch->untyped_data()) + b * words;
-      if (!is_fixed(channels)) {
-        gradient_coefficients_kernel<<<(c + kThreads - 1) / kThreads, kThreads, 0, stream>>>(
-            parameters, sums, c, coefficients);
-        SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
+    const auto run = [&](auto fixed) -> ffi::Error {
+      using Source = Gradient<T, decltype(fixed)::value>;
+      for (int64_t b = 0; b < batch; ++b) {
+        Source source;
+        source.x = part<T>(x, b * n);
+        source.dy = part<T>(dy, b * n);
+        source.through = part<T>(through, b * n);
+        source.dx = static_cast<T*>(dx->untyped_data()) + b * n;
+        source.parameters = vectors.of(b, channels);
+        source.sums = {part<float>(sum, b * channels), part<float>(sum_normalized, b * channels),
+                       inverse_count};
+        source.n = n;
+        source.channels = Remainder(static_cast<uint32_t>(channels));
+        source.finds_sign = relu;
+        source.wide = is_wide(source.x) && is_wide(source.dy) && is_wide(source.through) &&
+                      is_wide(source.dx);
+        source.coefficients = nullptr;
+        if constexpr (!decltype(fixed)::value) {
+          float* coefficients = static_cast<float*>(scratch->untyped_data()) + b * words;
+          source.coefficients = coefficients;
+          const unsigned blocks = static_cast<unsigned>((channels + kThreads - 1) / kThreads);
+          gradient_coefficients_kernel<<<blocks, kThreads, 0, stream>>>(
+              source.parameters, source.sums, source.channels.divisor, coefficients);
+          SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
+        }
+        SWAT_RETURN_IF_ERROR(cuda_error(
+            kOp, launch(stream, map_kernel<T, Source>, Streams<T, Source::kStreams>::kBytes,
+                        tiles_of(n), source, n)));
       }
-      const auto kernel = is_fixed(channels) ? gradient_kernel<T, true> : gradient_kernel<T, false>;
-      SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp, launch(stream, kernel, Streams<T, 3>::kBytes, tiles_of(n), from, dys, more, to,
-                      parameters, sums, static_cast<const float*>(coefficients), n, c, relu, wide)));
-    }
-    return ffi::Error::Success();
+      return ffi::Error::Success();
+    };
+    return is_fixed(channels) ? run(std::true_type{}) : run(std::false_type{});
   });
 }
 

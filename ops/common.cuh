@@ -127,6 +127,64 @@ __device__ __forceinline__ uint32_t flags_of(const uint32_t (&pairs)[kOctet / 2]
 template <typename T>
 using PairOf = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
 
+// Two 16-bit values lie in one register, and are converted together.
+template <typename T>
+__device__ __forceinline__ void to_floats(const Octet<T>& octet, float (&to)[kOctet]) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&octet);
+#pragma unroll
+  for (int p = 0; p < kOctet / 2; ++p) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      to[2 * p] = __uint_as_float(words[p] << 16);
+      to[2 * p + 1] = __uint_as_float(words[p] & 0xffff0000u);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      const float2 pair = __half22float2(reinterpret_cast<const __half2&>(words[p]));
+      to[2 * p] = pair.x, to[2 * p + 1] = pair.y;
+    } else {
+      to[2 * p] = octet.v[2 * p], to[2 * p + 1] = octet.v[2 * p + 1];
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ Octet<T> from_floats(const float (&from)[kOctet]) {
+  Octet<T> octet;
+  PairOf<T>* pairs = reinterpret_cast<PairOf<T>*>(&octet);
+#pragma unroll
+  for (int p = 0; p < kOctet / 2; ++p) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      pairs[p] = __floats2bfloat162_rn(from[2 * p], from[2 * p + 1]);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      pairs[p] = __floats2half2_rn(from[2 * p], from[2 * p + 1]);
+    } else {
+      octet.v[2 * p] = from[2 * p], octet.v[2 * p + 1] = from[2 * p + 1];
+    }
+  }
+  return octet;
+}
+
+// max(value, 0) of each: NaN passes, and -0 becomes 0.
+template <typename T>
+__device__ __forceinline__ void rectify(Octet<T>& octet) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (sizeof(T) == 2) {
+    PairOf<T>* pairs = reinterpret_cast<PairOf<T>*>(&octet);
+    const PairOf<T> zeros{from_float<T>(0.f), from_float<T>(0.f)};
+#pragma unroll
+    for (int p = 0; p < kOctet / 2; ++p) pairs[p] = __hmax2_nan(pairs[p], zeros);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      asm("max.NaN.f32 %0, %1, 0f00000000;" : "=f"(octet.v[j]) : "f"(octet.v[j]));
+    }
+  }
+#else
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) {
+    if (to_float(octet.v[j]) <= 0.f) octet.v[j] = from_float<T>(0.f);
+  }
+#endif
+}
+
 // A bit for every value whose magnitude is at least `least`, which is 1 or more and at most kNan.
 template <typename T>
 __device__ __forceinline__ uint32_t flags_from(const Octet<T>& octet, uint32_t least) {
@@ -241,7 +299,7 @@ inline int64_t bitmap_words(int64_t n) { return (n + 31) / 32; }
 __device__ __forceinline__ void store_bits(uint32_t* bitmap, int64_t i, int64_t n, uint32_t bits) {
   if (i >= n) return;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(bitmap);
-  bytes[i / kOctet] = static_cast<uint8_t>(bits);
+  bytes[static_cast<uint64_t>(i) / kOctet] = static_cast<uint8_t>(bits);
   if (i + kOctet < n) return;
   for (int64_t byte = i / kOctet + 1; byte % 4 != 0; ++byte) bytes[byte] = 0;
 }
@@ -313,25 +371,33 @@ struct Streams {
   }
 };
 
-// Stores or counts in shared memory where a condition holds, and moves on. As a branch each of them
-// would cost several times as much.
+// Stores the values that have a flag one after the other, from an address in shared memory on. As
+// branches the conditions would cost several times as much.
 template <typename T>
-__device__ __forceinline__ void append_if(uint32_t condition, unsigned& address, T value) {
-  if constexpr (sizeof(T) == 2) {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.shared.b16 [%0], %2; @p add.u32 %0, %0, 2; }"
-        : "+r"(address)
-        : "r"(condition), "h"(static_cast<unsigned short>(Format<T>::bits(value)))
-        : "memory");
-  } else {
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %1, 0; @p st.shared.b32 [%0], %2; @p add.u32 %0, %0, 4; }"
-        : "+r"(address)
-        : "r"(condition), "r"(Format<T>::bits(value))
-        : "memory");
+__device__ __forceinline__ void append(const Octet<T>& octet, uint32_t flags, unsigned address) {
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(&octet);
+#pragma unroll
+  for (int j = 0; j < kOctet; ++j) {
+    if constexpr (sizeof(T) == 2) {
+      const uint32_t value = j % 2 == 0 ? words[j / 2] : words[j / 2] >> 16;
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; .reg .b16 v, w; and.b32 t, %1, %3; setp.ne.u32 p, t, 0; "
+          "mov.b32 {v, w}, %2; @p st.shared.b16 [%0], v; @p add.u32 %0, %0, 2; }"
+          : "+r"(address)
+          : "r"(flags), "r"(value), "r"(1u << j)
+          : "memory");
+    } else {
+      asm volatile(
+          "{ .reg .pred p; .reg .b32 t; and.b32 t, %1, %3; setp.ne.u32 p, t, 0; "
+          "@p st.shared.b32 [%0], %2; @p add.u32 %0, %0, 4; }"
+          : "+r"(address)
+          : "r"(flags), "r"(words[j]), "r"(1u << j)
+          : "memory");
+    }
   }
 }
 
+// Counts in shared memory where a condition holds; the same goes for it.
 __device__ __forceinline__ void count_if(uint32_t condition, uint32_t* counter) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(counter));
   asm volatile(

@@ -63,7 +63,7 @@ struct TileFlags {
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         first[4 * half + k] = total + ranks.rank(k);
-        total += __shfl_sync(kFullWarp, ranks.total(k), 31);
+        total += ranks.total(k);
       }
     }
     return total;

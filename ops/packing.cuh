@@ -2,9 +2,10 @@
 //
 // Work is dealt out in spans of a few tiles, a round at a time: one span for every block. Where the
 // values of a span go depends on how many all spans before it keep. Each block publishes the count
-// of its span and goes on with the next round; at its end the counts of the round before have long
-// arrived, and what was kept there leaves shared memory for its place. Until then every warp keeps
-// what it found to itself, so that the warps of a block meet once a round only.
+// of its span and goes on with the next rounds; once the counts of a round are there, what it kept
+// leaves shared memory for its place. At 90 % sparsity several rounds fit there, so that a block
+// hardly ever waits for the others. Every warp keeps what it found to itself, and the warps of a
+// block meet once a round only.
 
 #pragma once
 
@@ -77,26 +78,33 @@ ffi::Error check_packed(const char* op, ffi::DataType type, int64_t n, int64_t b
 // ---- Ranks -------------------------------------------------------------------------------------
 
 // Of up to four octets of a thread, a byte of flags each: how many flags the lanes before it have in
-// each octet, at most 248, and how many this lane has; a byte for each.
+// each octet, at most 248, a byte for each; and how many the whole warp has, 16 bits for each.
 struct WarpRanks {
-  uint32_t before, own = 0;
-  __device__ explicit WarpRanks(uint32_t flags) {
-#pragma unroll
-    for (int k = 0; k < 4; ++k) own |= __popc(flags >> (8 * k) & 0xff) << (8 * k);
+  uint32_t before, even, odd;  // totals of octets 0 and 2, and 1 and 3
+  __device__ __forceinline__ explicit WarpRanks(uint32_t flags) {
+    // Counts of pairs of bits, of nibbles, of bytes.
+    uint32_t own = flags - (flags >> 1 & 0x55555555u);
+    own = (own & 0x33333333u) + (own >> 2 & 0x33333333u);
+    own = (own + (own >> 4)) & 0x0f0f0f0fu;
+    even = warp_sum(own & 0x00ff00ffu);
+    odd = warp_sum(own >> 8 & 0x00ff00ffu);
     // With its own a byte may count to 256 and carry; what is then subtracted takes it back.
     before = warp_scan(own);
   }
   __device__ __forceinline__ uint32_t rank(int k) const { return before >> (8 * k) & 0xff; }
-  // In the last lane how many flags the warp has.
   __device__ __forceinline__ uint32_t total(int k) const {
-    return rank(k) + (own >> (8 * k) & 0xff);
+    return (k % 2 == 0 ? even : odd) >> (k < 2 ? 0 : 16) & 0xffff;
   }
 };
 
+// Rounds whose values are on the stage: fewer than this.
+constexpr int kPending = 8;
+
 struct alignas(16) PackScratch {
-  // Of two rounds, since some warps may still read what was written in the round before.
-  uint32_t counts[2][kMostSteps * kWarps];  // of flags in the present span, by tile and warp
+  uint16_t counts[kPending][kMostSteps * kWarps];  // of flags in a round's span, by tile and warp
+  uint32_t starts[kPending][kWarps];               // where a round begins on each warp's stage
   uint32_t before[2][kWarps], all[2][kWarps];  // of counts of other spans, a part for every warp
+  int crowded[2];  // the last round, even and odd, after which a stage had no room; plus 1
   uint32_t ties[32];  // of a group of tiles, by tile and warp
 };
 
@@ -137,7 +145,7 @@ __device__ __noinline__ inline uint32_t first_ties(uint32_t flags, int steps, ui
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const WarpRanks ranks(flags);
   __syncthreads();
-  for (int k = 0; lane == 31 && k < steps; ++k) {
+  for (int k = 0; lane == 0 && k < steps; ++k) {
     scratch.ties[k * kWarps + warp] = ranks.total(k);
   }
   __syncthreads();
@@ -155,106 +163,154 @@ __device__ __noinline__ inline uint32_t first_ties(uint32_t flags, int steps, ui
   return kept;
 }
 
-// The limit that decides, and whether there is room for all that equal it.
-template <typename T>
-struct PackLimit {
-  Limit<T> limit;
-  bool limits_ties = false;
-  uint32_t room = 0;               // for ties, if they are limited
-  const uint32_t* ties = nullptr;  // of every span, if they are limited
+// What is kept of the values that equal the limit, if not all of them.
+struct Ties {
+  uint32_t room;         // the first so many
+  const uint32_t* each;  // how many there are in every span
 };
 
 // Packs what `source` makes, all blocks of a grid of kMostBlocks at most, which run at once.
 // `counted` has a word for every span, all zeros. Returns, everywhere, how many values were kept.
-template <typename T, int kDepth, int kGroups, typename Source>
-__device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<T>& limit,
-                               const Packed<T>& packed, uint32_t* counted, uint4* shared,
-                               PackScratch& scratch) {
+// `ties` is used if kTies.
+template <typename T, int kDepth, int kGroups, bool kTies, typename Source>
+__device__ __forceinline__ uint32_t pack_spans(const Source& source, int64_t n,
+                                               const Limit<T>& limit, const Ties& ties,
+                                               const Packed<T>& packed, uint32_t* counted,
+                                               uint4* shared, PackScratch& scratch) {
   using Queue = Streams<T, Source::kStreams, kDepth>;
   constexpr int kTiles = kSteps<T, kGroups>, kValues = kSpan<T, kGroups>;
   constexpr int kParts = kTiles * kWarps;  // of a span: what one warp has of one tile
   constexpr int kEach = kParts < 32 ? 1 : kParts / 32;  // parts of which a lane knows the counts
   static_assert(kTiles % Queue::kDepth == 0 && kTiles <= kMostSteps && kWarps == 8 && kEach <= 2);
+  constexpr uint32_t kMost = kValues / kWarps;  // that a warp may keep in a round
   const Queue queue{shared};
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  T* const stages =
-      reinterpret_cast<T*>(shared + Queue::kBytes / sizeof(uint4)) + warp * (kValues / kWarps);
+  const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  T* const stage =
+      reinterpret_cast<T*>(shared + Queue::kBytes / sizeof(uint4)) + warp * 2 * kMost;
   const int64_t spans = spans_of<T, kGroups>(n);
-  const int rounds = static_cast<int>((spans + gridDim.x - 1) / gridDim.x);
-  const auto span_of = [&](int round) {
-    return static_cast<int64_t>(round) * gridDim.x + blockIdx.x;
+  const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+  const auto rounds_of = [&](int of, int64_t all) {
+    return of < all ? static_cast<int>((all - of + blocks - 1) / blocks) : 0;
   };
-  const auto index = [&](int round) { return span_of(round) * kValues + threadIdx.x * kOctet; };
-  // Whether a round's span is whole: then nobody has to look for its end.
-  const auto is_whole = [&](int round) {
-    return source.wide && (span_of(round) + 1) * kValues <= n;
+  const int rounds = rounds_of(0, spans), whole_rounds =
+      source.wide ? rounds_of(block, n / kValues) : 0;
+
+  // ---- What was staged, and goes to its place.
+  int written = 0;    // rounds
+  uint32_t base = 0;  // values that they kept
+  // Two blocks for every thread, whose counts it adds up, and in how many rounds they have spans.
+  int known[2];
+  const volatile uint32_t* counts[2];
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    const int other = which * kThreads + static_cast<int>(threadIdx.x);
+    known[which] = other < blocks ? rounds_of(other, spans) : 0;
+    counts[which] = counted + other;
+  }
+  const auto look = [&](int which) -> uint32_t {
+    return written < known[which] ? *counts[which] : kPublished;
   };
-  // Slots of the queue go with the steps, so `step` is its turn.
-  const auto request = [&](int64_t first, int step, bool whole) {
-    source.request(queue, step, first + step * kTile, whole);
-    queue.commit();
-  };
-  // Two spans of a round for every thread, whose counts it adds up.
-  const auto look = [&](int round, int which) -> uint32_t {
-    const unsigned block = which * kThreads + threadIdx.x;
-    const int64_t span = static_cast<int64_t>(round) * gridDim.x + block;
-    if (round < 0 || block >= gridDim.x || span >= spans) return kPublished;
-    return *const_cast<volatile uint32_t*>(counted + span);
-  };
-  const auto sum_counts = [&](int round, uint32_t (&words)[2]) {
+  const auto sum_counts = [&](const uint32_t (&words)[2]) {
     uint32_t before = 0, all = 0;
 #pragma unroll
     for (int which = 0; which < 2; ++which) {
-      while (words[which] == 0) words[which] = look(round, which);
       const uint32_t count = words[which] & ~kPublished;
       all += count;
-      if (which * kThreads + threadIdx.x < blockIdx.x) before += count;
+      if (which * kThreads + static_cast<int>(threadIdx.x) < block) before += count;
     }
     before = warp_sum(before);
     all = warp_sum(all);
-    if (lane == 0) scratch.before[round & 1][warp] = before, scratch.all[round & 1][warp] = all;
+    if (lane == 0) scratch.before[written & 1][warp] = before, scratch.all[written & 1][warp] = all;
   };
-  uint32_t base = 0;  // values kept in all rounds that were written
-  // Of the span on the stage, part lane * kEach + m is that of warp part % kWarps in tile
-  // part / kWarps: how many values it has, and how many come before it.
-  uint32_t held[kEach] = {}, starts[kEach] = {};
-  const auto write = [&](int round) {
-    const uint32_t place = base + sum_of(scratch.before[round & 1]);
-    base += sum_of(scratch.all[round & 1]);
-    const T* stage = stages + (round & 1) * kValues;
-    const uint32_t own_held = held[warp % kEach], own_start = starts[warp % kEach];
+  // Writes the next round, whose counts have been added up.
+  const auto write = [&] {
+    const uint32_t place = base + sum_of(scratch.before[written & 1]);
+    base += sum_of(scratch.all[written & 1]);
+    // Part lane * kEach + m is that of warp part % kWarps in tile part / kWarps: how many values
+    // come before it, and how many it has, in the low 16 bits.
+    uint32_t parts[kEach], sum = 0;
+#pragma unroll
+    for (int m = 0; m < kEach; ++m) {
+      const uint32_t part = lane * kEach + m;
+      parts[m] = part < kParts ? scratch.counts[written % kPending][part] : 0;
+      sum += parts[m];
+    }
+    uint32_t start = warp_scan(sum);
+    const int64_t tile = (static_cast<int64_t>(written) * blocks + block) * kTiles +
+                         lane * kEach / kWarps;
+    if (warp == 0 && lane * kEach % kWarps == 0 && lane * kEach < kParts && tile < tiles_of(n)) {
+      packed.offsets[tile] = place + start;
+    }
+#pragma unroll
+    for (int m = 0; m < kEach; ++m) {
+      const uint32_t count = parts[m];
+      parts[m] |= start << 16;
+      start += count;
+    }
+    const uint32_t own = kEach == 2 && warp % 2 != 0 ? parts[kEach - 1] : parts[0];
+    const T* from = stage + scratch.starts[written % kPending][warp] + lane;
 #pragma unroll
     for (int k = 0; k < kTiles; ++k) {
-      const int owner = (k * kWarps + warp) / kEach;
-      const uint32_t count = __shfl_sync(kFullWarp, own_held, owner);
-      const uint32_t to = place + __shfl_sync(kFullWarp, own_start, owner);
+      const uint32_t part = __shfl_sync(kFullWarp, own, (k * kWarps + warp) / kEach);
+      const uint32_t count = part & 0xffff, to = place + (part >> 16);
+      const uint32_t fits = to < packed.capacity ? min(count, packed.capacity - to) : 0;
+      if (lane < fits) packed.values[to + lane] = *from;
 #pragma unroll 1
-      for (uint32_t i = lane; i < count; i += 32) {
-        if (to + i < packed.capacity) packed.values[to + i] = stage[i];
-      }
-      stage += count;
+      for (uint32_t i = lane + 32; i < fits; i += 32) packed.values[to + i] = from[i - lane];
+      from += count;
     }
-    const int64_t tile = span_of(round) * kTiles + lane * kEach / kWarps;
-    if (warp == 0 && lane * kEach % kWarps == 0 && lane * kEach < kParts && tile < tiles_of(n)) {
-      packed.offsets[tile] = place + starts[0];
-    }
+    __syncwarp();
+    ++written;
+    counts[0] += blocks;
+    counts[1] += blocks;
   };
+  const auto wait_and_write = [&] {
+    uint32_t words[2];
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      do words[which] = look(which);
+      while (words[which] == 0);
+    }
+    sum_counts(words);
+    __syncthreads();
+    write();
+  };
+  // Where a round may begin on the stage of this warp, which holds those from `written` to before
+  // `round`, the last of which ends at `end`; kNowhere if it might not fit.
+  constexpr uint32_t kNowhere = ~0u;
+  const auto place_for = [&](int round, uint32_t end) {
+    if (round == written) return 0u;
+    if (round - written > kPending - 2) return kNowhere;
+    const uint32_t oldest = scratch.starts[written % kPending][warp];
+    if (end < oldest) return end + kMost < oldest ? end : kNowhere;
+    if (end <= kMost) return end;
+    return kMost < oldest ? 0u : kNowhere;
+  };
+  if (threadIdx.x < 2) scratch.crowded[threadIdx.x] = 0;
+  __syncthreads();
 
-  bool whole = is_whole(0);
-  for (int step = 0; step < Queue::kDepth - 1; ++step) request(index(0), step, whole);
+  // ---- What is found, and staged.
+  const int64_t stride = static_cast<int64_t>(blocks) * kValues;
+  int64_t first = static_cast<int64_t>(block) * kValues + threadIdx.x * kOctet;
+  // Slots of the queue go with the steps, so `step` is its turn.
+  const auto request = [&](bool there, int64_t from, int step) {
+    if (there) source.request(queue, step, from + step * kTile, true);
+    queue.commit();
+  };
+  for (int step = 0; step < Queue::kDepth - 1; ++step) request(0 < whole_rounds, first, step);
   uint64_t ties_before = 0;
   int64_t ties_from = 0;
-  for (int round = 0; round < rounds; ++round) {
-    uint32_t words[2] = {look(round - 1, 0), look(round - 1, 1)};
-    const bool next_whole = is_whole(round + 1);
-    const int64_t first = index(round), next_first = index(round + 1);
-    uint8_t* bitmap = reinterpret_cast<uint8_t*>(packed.bitmap) + first / kOctet;
-    if (limit.limits_ties) {
+  uint32_t end = 0;  // of what is on the stage of this warp
+  for (int round = 0; round < rounds; ++round, first += stride) {
+    const uint32_t words[2] = {look(0), look(1)};  // of the next round to be written
+    const uint32_t start = place_for(round, end);
+    if constexpr (kTies) {
+      const int64_t span = static_cast<int64_t>(round) * blocks + block;
       uint32_t between = 0;  // ties of the spans since the last one of this block
-      for (int64_t s = ties_from + threadIdx.x; s < span_of(round) && s < spans; s += kThreads) {
-        between += limit.ties[s];
+      for (int64_t s = ties_from + threadIdx.x; s < span && s < spans; s += kThreads) {
+        between += ties.each[s];
       }
-      ties_from = span_of(round) + 1;
+      ties_from = span + 1;
       between = warp_sum(between);
       __syncthreads();
       if (lane == 0) scratch.all[0][warp] = between;
@@ -262,84 +318,115 @@ __device__ uint32_t pack_spans(const Source& source, int64_t n, const PackLimit<
       ties_before += sum_of(scratch.all[0]);
       __syncthreads();
     }
-    unsigned address = static_cast<unsigned>(
-        __cvta_generic_to_shared(stages + (round & 1) * kValues));
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      Octet<T> octets[kGroup<T>];
-      uint32_t flags = 0, ties = 0;
-#pragma unroll
-      for (int g = 0; g < kGroup<T>; ++g) {
-        const int k = group * kGroup<T> + g;
-        constexpr int kAhead = Queue::kDepth - 1;
-        if (k + kAhead < kTiles) {
-          request(first, k + kAhead, whole);
-        } else {
-          request(next_first, k + kAhead - kTiles, next_whole);
-        }
-        queue.wait();
-        const int64_t i = first + k * kTile;
-        octets[g] = source.take(queue, k, i, whole);
-        source.keep(octets[g], i, whole);
-        const uint32_t found = limit.limit.flags(octets[g]);
-        flags |= found << (8 * g);
-        if (limit.limits_ties) {
-          ties |= limit.limit.ties(octets[g]) << (8 * g);
-        } else if (whole) {
-          bitmap[k * kThreads] = static_cast<uint8_t>(found);
-        } else {
-          store_bits(packed.bitmap, i, n, found);
-        }
+    unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(stage + start));
+    end = start;
+    uint16_t* const totals = &scratch.counts[round % kPending][warp];
+    uint8_t* const bitmap = reinterpret_cast<uint8_t*>(packed.bitmap) + first / kOctet;
+    const auto flags_of_octet = [&](const Octet<T>& octet, int k, bool whole, uint32_t& equal) {
+      const uint32_t found = limit.flags(octet);
+      if constexpr (kTies) {
+        equal = limit.ties(octet);
+      } else if (whole) {
+        bitmap[k * kThreads] = static_cast<uint8_t>(found);
+      } else {
+        store_bits(packed.bitmap, first + k * kTile, n, found);
       }
-      if (limit.limits_ties) {
-        flags = (flags & ~ties) | first_ties(ties, kGroup<T>, ties_before, limit.room, scratch);
+      return found;
+    };
+    const auto stage_group = [&](const Octet<T>(&octets)[kGroup<T>], int group, uint32_t flags,
+                                 uint32_t equal) {
+      if constexpr (kTies) {
+        flags = (flags & ~equal) | first_ties(equal, kGroup<T>, ties_before, ties.room, scratch);
 #pragma unroll
         for (int g = 0; g < kGroup<T>; ++g) {
-          const int64_t i = first + (group * kGroup<T> + g) * kTile;
-          store_bits(packed.bitmap, i, n, flags >> (8 * g) & 0xff);
+          store_bits(packed.bitmap, first + (group * kGroup<T> + g) * kTile, n,
+                     flags >> (8 * g) & 0xff);
         }
       }
       const WarpRanks ranks(flags);
 #pragma unroll
       for (int g = 0; g < kGroup<T>; ++g) {
-        const uint32_t total = __shfl_sync(kFullWarp, ranks.total(g), 31);
-        unsigned to = address + ranks.rank(g) * static_cast<unsigned>(sizeof(T));
-#pragma unroll
-        for (int j = 0; j < kOctet; ++j) {
-          append_if(flags & 1u << (8 * g + j), to, octets[g].v[j]);
-        }
+        const uint32_t total = ranks.total(g);
+        append(octets[g], flags >> (8 * g),
+               address + ranks.rank(g) * static_cast<unsigned>(sizeof(T)));
         address += total * static_cast<unsigned>(sizeof(T));
+        end += total;
         if (lane == 0) {
-          scratch.counts[round & 1][(group * kGroup<T> + g) * kWarps + warp] = total;
+          totals[(group * kGroup<T> + g) * kWarps] = static_cast<uint16_t>(total);
         }
       }
-    }
-    whole = next_whole;
-    sum_counts(round - 1, words);
-    __syncthreads();
-    uint32_t found[kEach], places[kEach], sum = 0;
+    };
+    if (round < whole_rounds) {
+      const bool goes_on = round + 1 < whole_rounds;
 #pragma unroll
-    for (int m = 0; m < kEach; ++m) {
-      const int part = lane * kEach + m;
-      found[m] = part < kParts ? scratch.counts[round & 1][part] : 0;
-      sum += found[m];
-    }
-    places[0] = warp_scan(sum);
+      for (int group = 0; group < kGroups; ++group) {
+        Octet<T> octets[kGroup<T>];
+        uint32_t flags = 0, equal = 0;
 #pragma unroll
-    for (int m = 1; m < kEach; ++m) places[m] = places[m - 1] + found[m - 1];
-    if (threadIdx.x == 31 && span_of(round) < spans) {
-      *const_cast<volatile uint32_t*>(counted + span_of(round)) =
-          kPublished | (places[kEach - 1] + found[kEach - 1]);
-    }
-    if (round > 0) write(round - 1);
+        for (int g = 0; g < kGroup<T>; ++g) {
+          const int k = group * kGroup<T> + g;
+          constexpr int kAhead = Queue::kDepth - 1;
+          if (k + kAhead < kTiles) {
+            request(true, first, k + kAhead);
+          } else {
+            request(goes_on, first + stride, k + kAhead - kTiles);
+          }
+          queue.wait();
+          const int64_t i = first + k * kTile;
+          octets[g] = source.take(queue, k, i, true);
+          source.keep(octets[g], i, true);
+          uint32_t same = 0;
+          flags |= flags_of_octet(octets[g], k, true, same) << (8 * g);
+          equal |= same << (8 * g);
+        }
+        stage_group(octets, group, flags, equal);
+      }
+    } else {
+#pragma unroll 1
+      for (int group = 0; group < kGroups; ++group) {
+        Octet<T> octets[kGroup<T>];
+        uint32_t flags = 0, equal = 0;
 #pragma unroll
-    for (int m = 0; m < kEach; ++m) held[m] = found[m], starts[m] = places[m];
+        for (int g = 0; g < kGroup<T>; ++g) {
+          const int k = group * kGroup<T> + g;
+          octets[g] = source.peek(first + k * kTile);
+          source.keep(octets[g], first + k * kTile, false);
+          uint32_t same = 0;
+          flags |= flags_of_octet(octets[g], k, false, same) << (8 * g);
+          equal |= same << (8 * g);
+        }
+        stage_group(octets, group, flags, equal);
+      }
+    }
+    if (lane == 0) {
+      scratch.starts[round % kPending][warp] = start;
+      if (place_for(round + 1, end) == kNowhere) scratch.crowded[round & 1] = round + 1;
+    }
+    sum_counts(words);
+    const bool is_known = written < round && words[0] != 0 && words[1] != 0;
+    const bool all_known = __syncthreads_and(is_known);
+    if (warp == 0) {
+      uint32_t kept = 0;
+#pragma unroll
+      for (int m = 0; m < kEach; ++m) {
+        const uint32_t part = lane * kEach + m;
+        if (part < kParts) kept += scratch.counts[round % kPending][part];
+      }
+      kept = warp_sum(kept);
+      const int64_t span = static_cast<int64_t>(round) * blocks + block;
+      if (lane == 0 && span < spans) {
+        *const_cast<volatile uint32_t*>(counted + span) = kPublished | kept;
+      }
+    }
+    if (all_known) write();
+    if (scratch.crowded[round & 1] == round + 1) {
+      while (__syncthreads_or(place_for(round + 1, end) == kNowhere)) wait_and_write();
+    }
   }
-  uint32_t words[2] = {};
-  sum_counts(rounds - 1, words);
-  __syncthreads();
-  write(rounds - 1);
-  __syncthreads();
+  while (written < rounds) {
+    wait_and_write();
+    __syncthreads();
+  }
   return base;
 }
 

@@ -14,6 +14,12 @@
 
 namespace swat {
 
+#ifndef SWAT_PACK_DEPTH
+#define SWAT_PACK_DEPTH 8
+#endif
+template <typename T, int kStreams>
+constexpr int kPackDepth = sizeof(T) == 2 ? (kStreams == 1 ? SWAT_PACK_DEPTH : 4) : 2;
+
 // Groups of a span where shared memory has room for it.
 template <typename T>
 constexpr int kUsualGroups = sizeof(T) == 2 ? 2 : 1;
@@ -80,15 +86,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int s = 1; s < selection.ranks.count; ++s) {
     if (magnitude(selection.thresholds[s]) < magnitude(smallest)) smallest = selection.thresholds[s];
   }
-  const PackLimit<T> limit{Limit<T>(smallest)};
+  const Limit<T> limit(smallest);
   uint32_t wanted;
   if (std::is_same_v<Source, Values<T>> || selection.is_exact()) {
-    wanted = pack_spans<T, kDepth, kGroups>(made, selection.n, limit, packed, selection.counts(0),
-                                            dynamic, scratch);
+    wanted = pack_spans<T, kDepth, kGroups, false>(made, selection.n, limit, Ties{}, packed,
+                                                   selection.counts(0), dynamic, scratch);
   } else {
     source.prepare();
-    wanted = pack_spans<T, kDepth, kGroups>(source, selection.n, limit, packed, selection.counts(0),
-                                            dynamic, scratch);
+    wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, limit, Ties{}, packed,
+                                                   selection.counts(0), dynamic, scratch);
   }
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   for (int64_t i = wanted + thread; i < packed.capacity;
@@ -113,14 +119,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   Ranks ranks;
   ranks.constant = packed.capacity;
   find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search, nullptr, dynamic);
-  PackLimit<T> limit{Limit<T>(search->limit)};
-  limit.limits_ties = true;
-  limit.room = packed.capacity - search->above;
-  limit.ties = selection.counts(2);
-  count_ties<T, kGroups>(made, selection.n, limit.limit, selection.counts(2), scratch);
+  const Limit<T> limit(search->limit);
+  count_ties<T, kGroups>(made, selection.n, limit, selection.counts(2), scratch);
   grid.sync();
-  pack_spans<T, kDepth, kGroups>(made, selection.n, limit, packed, selection.counts(1), dynamic,
-                                 scratch);
+  pack_spans<T, kDepth, kGroups, true>(made, selection.n, limit,
+                                       Ties{packed.capacity - search->above, selection.counts(2)},
+                                       packed, selection.counts(1), dynamic, scratch);
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
@@ -128,11 +132,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Calls `run` with how deep queues are and how many groups a span has, both constants. `bytes` of
 // shared memory are needed with the usual ones; up to compute capability 7.5 a block may not have
 // them, and there are no queues either.
-template <typename T, typename Run>
+template <typename T, int kStreams, typename Run>
 cudaError_t with_sizes(size_t bytes, Run&& run) {
   using One = std::integral_constant<int, 1>;
   if (!has_shared_memory(bytes + sizeof(PackScratch))) return run(One{}, One{});
-  return run(std::integral_constant<int, kUsualDepth<T>>{},
+  return run(std::integral_constant<int, kPackDepth<T, kStreams>>{},
              std::integral_constant<int, kUsualGroups<T>>{});
 }
 
@@ -150,9 +154,9 @@ template <typename T, typename Source>
 cudaError_t pack(cudaStream_t stream, const Source& source, const Values<T>& made,
                  const Selection<T>& selection) {
   constexpr int kStreams = Source::kStreams;
-  constexpr size_t kBytes = pack_bytes<T, kStreams, kUsualDepth<T>, kUsualGroups<T>>();
+  constexpr size_t kBytes = pack_bytes<T, kStreams, kPackDepth<T, kStreams>, kUsualGroups<T>>();
   static_assert(kBytes >= kCountBytes + Streams<T, 1>::kBytes);  // overflow_kernel searches, too
-  return with_sizes<T>(kBytes, [&](auto depth, auto groups) {
+  return with_sizes<T, kStreams>(kBytes, [&](auto depth, auto groups) {
     constexpr int kDepth = decltype(depth)::value, kGroups = decltype(groups)::value;
     const int64_t spans = spans_of<T, kGroups>(selection.n);
     const cudaError_t code = launch_together(
