@@ -6,21 +6,20 @@
 namespace swat {
 namespace {
 
-// Rows of one chunk that a thread looks at.
+// Rows that a thread looks at. The grid goes from the last row to the first: what was written last
+// is likely still in the cache, and what is read last will be when the next pass begins.
 struct Walk {
-  int64_t row, end, step, channel;
-  bool works;
+  int64_t row, step, channel;  // the first of them, how far down the next one is
 
   __device__ Walk(int64_t rows, int64_t channels, int lanes, int width) {
-    const int64_t each = (rows + gridDim.x - 1) / gridDim.x;
-    const int own = static_cast<int>(threadIdx.x) / lanes;
-    step = kThreads / lanes;
-    row = blockIdx.x * each + own;
-    end = min((blockIdx.x + 1) * each, rows);
+    const int own = static_cast<int>(threadIdx.x) / lanes, together = kThreads / lanes;
+    step = static_cast<int64_t>(gridDim.x) * together;
     channel = (static_cast<int64_t>(blockIdx.y) * lanes + threadIdx.x % lanes) * width;
-    works = own < step && channel < channels;
-    if (!works) row = end;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * together + own;
+    row = first < rows ? first + (rows - 1 - first) / step * step : -1;
+    if (own >= together || channel >= channels) row = -1;
   }
+  __device__ bool works() const { return row >= 0; }
 };
 
 // Calls `add(values, row)` for every row of a walk, with V values of each of kStreams arrays: in
@@ -30,7 +29,7 @@ __device__ void for_each_row(const Walk& walk, int64_t channels, const T* const 
                              unsigned present, uint4* shared, Add add) {
   float values[kStreams][V];
   if constexpr (V == 1) {
-    for (int64_t row = walk.row; row < walk.end; row += walk.step) {
+    for (int64_t row = walk.row; row >= 0; row -= walk.step) {
 #pragma unroll
       for (int s = 0; s < kStreams; ++s) {
         if (present >> s & 1) values[s][0] = to_float(arrays[s][row * channels + walk.channel]);
@@ -41,8 +40,8 @@ __device__ void for_each_row(const Walk& walk, int64_t channels, const T* const 
     using Queue = Streams<T, kStreams>;
     const Queue queue{shared};
     const auto request = [&](int turn) {
-      const int64_t row = walk.row + turn * walk.step;
-      if (row < walk.end) {
+      const int64_t row = walk.row - turn * walk.step;
+      if (row >= 0) {
 #pragma unroll
         for (int s = 0; s < kStreams; ++s) {
           if (present >> s & 1) {
@@ -55,7 +54,7 @@ __device__ void for_each_row(const Walk& walk, int64_t channels, const T* const 
     };
     for (int turn = 0; turn < Queue::kDepth - 1; ++turn) request(turn);
     int turn = 0;
-    for (int64_t row = walk.row; row < walk.end; row += walk.step, ++turn) {
+    for (int64_t row = walk.row; row >= 0; row -= walk.step, ++turn) {
       request(turn + Queue::kDepth - 1);
       queue.wait();
 #pragma unroll
@@ -75,19 +74,25 @@ constexpr size_t shared_bytes() {
 
 // Mean and variance from sums of (x - shift) and its square, where the shift is near the mean: the
 // mean of four rows. Without it the difference of two large numbers would lose the variance.
-template <typename T, int V>
-__global__ void __launch_bounds__(kThreads, 3)
-    statistics_kernel(const T* x, int64_t rows, int64_t channels, int lanes, uint32_t* counters,
-                      float2* partial, float* mean, float* variance) {
-  extern __shared__ uint4 dynamic[];
-  const Walk walk(rows, channels, lanes, V);
-  const auto shift_of = [=](int64_t channel) {
+template <typename T>
+struct Shift {
+  const T* x;
+  int64_t rows, channels;
+  __device__ float operator()(int64_t channel) const {
     float sum = 0.f;
     for (int k = 0; k < 4; ++k) sum += to_float(x[rows * k / 4 * channels + channel]);
     return sum * 0.25f;
-  };
+  }
+};
+
+template <typename T, int V>
+__global__ void __launch_bounds__(kThreads, 3)
+    statistics_kernel(const T* x, int64_t rows, int64_t channels, int lanes, float2* partial) {
+  extern __shared__ uint4 dynamic[];
+  const Walk walk(rows, channels, lanes, V);
+  const Shift<T> shift_of{x, rows, channels};
   float shift[V], first[V] = {}, second[V] = {};
-  if (walk.works) {
+  if (walk.works()) {
 #pragma unroll
     for (int v = 0; v < V; ++v) shift[v] = shift_of(walk.channel + v);
   }
@@ -101,16 +106,22 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
   });
   __syncthreads();
-  sum_columns<V>(first, second, lanes, channels, counters, partial,
-                 *reinterpret_cast<ColumnScratch<V>*>(dynamic),
-                 [=](int64_t channel, double sum, double squares) {
-                   const double offset = sum / static_cast<double>(rows);
-                   const double spread = squares / static_cast<double>(rows) - offset * offset;
-                   mean[channel] = static_cast<float>(shift_of(channel) + offset);
-                   // The comparison lets NaN through.
-                   variance[channel] = spread < 0 ? 0.f : static_cast<float>(spread);
-                 });
+  sum_columns<V>(first, second, lanes, channels, partial,
+                 *reinterpret_cast<ColumnScratch<V>*>(dynamic));
 }
+
+template <typename T>
+struct FinishStatistics {
+  Shift<T> shift_of;
+  float *mean, *variance;
+  __device__ void operator()(int64_t channel, double sum, double squares) const {
+    const double rows = static_cast<double>(shift_of.rows), offset = sum / rows;
+    const double spread = squares / rows - offset * offset;
+    mean[channel] = static_cast<float>(shift_of(channel) + offset);
+    // The comparison lets NaN through.
+    variance[channel] = spread < 0 ? 0.f : static_cast<float>(spread);
+  }
+};
 
 // Where the gradient passes on: everywhere, where y is positive again, or where a bit says so.
 enum class Mask { kNone, kSign, kBits };
@@ -129,11 +140,11 @@ struct Gradients {
 template <typename T, int V, bool kMayKeep>
 __global__ void __launch_bounds__(kThreads, 3)
     gradient_sums_kernel(Gradients<T> gradients, int64_t rows, int64_t channels, int lanes,
-                         uint32_t* counters, float2* partial, float* sum, float* sum_normalized) {
+                         float2* partial) {
   extern __shared__ uint4 dynamic[];
   const Walk walk(rows, channels, lanes, V);
   float mean[V], factor[V], shift[V], first[V] = {}, second[V] = {};
-  if (walk.works) {
+  if (walk.works()) {
 #pragma unroll
     for (int v = 0; v < V; ++v) {
       const uint32_t c = static_cast<uint32_t>(walk.channel + v);
@@ -146,19 +157,19 @@ __global__ void __launch_bounds__(kThreads, 3)
   const T* const arrays[3] = {gradients.x, gradients.dy, gradients.dy2};
   // The bits of the row after this one are on their way while this one is added.
   const auto bits_of = [&](int64_t row) -> uint32_t {
-    if (gradients.mask != Mask::kBits || row >= walk.end) return ~0u;
+    if (gradients.mask != Mask::kBits || row < 0) return ~0u;
     const int64_t i = row * channels + walk.channel;
     const uint32_t bits = __ldg(reinterpret_cast<const uint8_t*>(gradients.positive) + i / kOctet);
     return V == 1 ? bits >> (i % kOctet) : bits;
   };
-  uint32_t ahead[3] = {bits_of(walk.row), bits_of(walk.row + walk.step),
-                       bits_of(walk.row + 2 * walk.step)};
+  uint32_t ahead[3] = {bits_of(walk.row), bits_of(walk.row - walk.step),
+                       bits_of(walk.row - 2 * walk.step)};
   for_each_row<T, V>(
       walk, channels, arrays, two ? 7u : 3u, dynamic, [&](const float(&values)[3][V], int64_t row) {
         const uint32_t bits = ahead[0];
         ahead[0] = ahead[1];
         ahead[1] = ahead[2];
-        ahead[2] = bits_of(row + 3 * walk.step);
+        ahead[2] = bits_of(row - 3 * walk.step);
         uint32_t passes = bits;
         if (gradients.mask == Mask::kSign) {
           float y[V];
@@ -196,39 +207,41 @@ __global__ void __launch_bounds__(kThreads, 3)
         }
       });
   __syncthreads();
-  const Parameters parameters = gradients.parameters;
-  sum_columns<V>(first, second, lanes, channels, counters, partial,
-                 *reinterpret_cast<ColumnScratch<V>*>(dynamic),
-                 [=](int64_t channel, double total, double moment) {
-                   const double deviation = parameters.deviation(static_cast<uint32_t>(channel));
-                   sum[channel] = static_cast<float>(total);
-                   sum_normalized[channel] = static_cast<float>(moment * deviation);
-                 });
+  sum_columns<V>(first, second, lanes, channels, partial,
+                 *reinterpret_cast<ColumnScratch<V>*>(dynamic));
 }
 
-// Starts one block for every part of a cut.
-template <typename Kernel, typename... Args>
-cudaError_t launch_cut(cudaStream_t stream, Kernel kernel, size_t shared, const Cut& cut,
-                       const Args&... args) {
-  const cudaError_t code = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+struct FinishGradientSums {
+  Parameters parameters;
+  float *sum, *sum_normalized;
+  __device__ void operator()(int64_t channel, double total, double moment) const {
+    sum[channel] = static_cast<float>(total);
+    sum_normalized[channel] =
+        static_cast<float>(moment * parameters.deviation(static_cast<uint32_t>(channel)));
+  }
+};
+
+// Starts one block for every part of a cut, then adds up what they found.
+template <typename Kernel, typename Finish, typename... Args>
+cudaError_t sum_rows(cudaStream_t stream, Kernel kernel, size_t shared, const Cut& cut,
+                     float2* partial, const Finish& finish, const Args&... args) {
+  cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared));
   if (code != cudaSuccess) return code;
-  kernel<<<cut.grid(), kThreads, shared, stream>>>(args...);
+  kernel<<<cut.grid(), kThreads, shared, stream>>>(args..., cut.rows, cut.channels, cut.lanes,
+                                                   partial);
+  code = cudaGetLastError();
+  if (code != cudaSuccess) return code;
+  finish_kernel<<<static_cast<unsigned>((cut.channels + 31) / 32), kThreads, 0, stream>>>(
+      partial, cut.chunks, cut.channels, finish);
   return cudaGetLastError();
 }
 
-// Where a problem's counters and partial sums lie in the scratch memory.
-struct CutScratch {
-  uint32_t* counters;
-  float2* partial;
-  CutScratch(ffi::AnyBuffer& scratch, int64_t problem, const Problems& problems)
-      : counters(static_cast<uint32_t*>(scratch.untyped_data()) +
-                 problem * Cut::words(problems.rows, problems.channels)),
-        partial(reinterpret_cast<float2*>(counters + (problems.channels + 1) / 2 * 2)) {}
-  cudaError_t clear(const Cut& cut, cudaStream_t stream) const {
-    return cudaMemsetAsync(counters, 0, cut.columns * sizeof(uint32_t), stream);
-  }
-};
+// Where a problem's partial sums lie in the scratch memory.
+float2* partial_of(ffi::AnyBuffer& scratch, int64_t problem, const Problems& problems) {
+  return reinterpret_cast<float2*>(static_cast<uint32_t*>(scratch.untyped_data()) +
+                                   problem * Cut::words(problems.rows, problems.channels));
+}
 
 ffi::Error statistics(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> mean,
                       ffi::Result<ffi::AnyBuffer> variance, ffi::Result<ffi::AnyBuffer> scratch) {
@@ -244,16 +257,15 @@ ffi::Error statistics(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::An
     using T = decltype(example);
     for (int64_t b = 0; b < batch; ++b) {
       const T* from = part<T>(x, b * problems.size());
-      const CutScratch memory(*scratch, b, problems);
       const Cut cut(rows, channels, is_wide(from));
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, memory.clear(cut, stream)));
       const bool octets = cut.width == kOctet;
+      const FinishStatistics<T> finish{{from, rows, channels},
+                                       static_cast<float*>(mean->untyped_data()) + b * channels,
+                                       static_cast<float*>(variance->untyped_data()) + b * channels};
       SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp, launch_cut(stream, octets ? statistics_kernel<T, kOctet> : statistics_kernel<T, 1>,
-                          octets ? shared_bytes<T, kOctet, 1>() : shared_bytes<T, 1, 1>(), cut, from,
-                          rows, channels, cut.lanes, memory.counters, memory.partial,
-                          static_cast<float*>(mean->untyped_data()) + b * channels,
-                          static_cast<float*>(variance->untyped_data()) + b * channels)));
+          kOp, sum_rows(stream, octets ? statistics_kernel<T, kOctet> : statistics_kernel<T, 1>,
+                        octets ? shared_bytes<T, kOctet, 1>() : shared_bytes<T, 1, 1>(), cut,
+                        partial_of(*scratch, b, problems), finish, from)));
     }
     return ffi::Error::Success();
   });
@@ -295,22 +307,20 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
       gradients.mask = !relu                             ? Mask::kNone
                        : gradients.positive != nullptr ? Mask::kBits
                                                          : Mask::kSign;
-      const CutScratch memory(*scratch, b, problems);
       const Cut cut(rows, channels,
                     is_wide(gradients.x) && is_wide(gradients.dy) && is_wide(gradients.dy2) &&
                         is_wide(gradients.dz));
-      SWAT_RETURN_IF_ERROR(cuda_error(kOp, memory.clear(cut, stream)));
       const bool octets = cut.width == kOctet;
       auto kernel = octets ? gradient_sums_kernel<T, kOctet, true> : gradient_sums_kernel<T, 1, true>;
       // Fewer registers, which are scarce.
       if (octets && gradients.dz == nullptr) kernel = gradient_sums_kernel<T, kOctet, false>;
+      const FinishGradientSums finish{
+          gradients.parameters, static_cast<float*>(sum->untyped_data()) + b * channels,
+          static_cast<float*>(sum_normalized->untyped_data()) + b * channels};
       SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp,
-          launch_cut(stream, kernel,
-                     octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut, gradients,
-                     rows, channels, cut.lanes, memory.counters, memory.partial,
-                     static_cast<float*>(sum->untyped_data()) + b * channels,
-                     static_cast<float*>(sum_normalized->untyped_data()) + b * channels)));
+          kOp, sum_rows(stream, kernel,
+                        octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut,
+                        partial_of(*scratch, b, problems), finish, gradients)));
     }
     return ffi::Error::Success();
   });

@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_coefficients(const float* from, const Remai
 // ---- Sums over rows ----------------------------------------------------------------------------
 
 // How a (rows, channels) tensor is cut for column sums: a block takes `lanes` groups of V channels
-// and one of `chunks` parts of the rows. The cut depends on the shape alone, so sums have the same
+// and one row group in every `chunks`. The cut depends on the shape alone, so sums have the same
 // bits on every device.
 struct Cut {
   int64_t rows, channels;
@@ -110,28 +110,23 @@ struct Cut {
   static int64_t most_chunks(int64_t rows) {
     return std::min(kBlocks, (rows + kLeastRows - 1) / kLeastRows);
   }
-  // Scratch in 32-bit words: one counter a channel, two partial sums a channel and chunk.
+  // Scratch in 32-bit words: two partial sums a channel and chunk.
   static int64_t words(int64_t rows, int64_t channels) {
-    return (channels + 1) / 2 * 2 + channels * 2 * std::max<int64_t>(most_chunks(rows), 1);
+    return channels * 2 * std::max<int64_t>(most_chunks(rows), 1);
   }
   dim3 grid() const { return dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(columns)); }
 };
 
+// Adds up two sums per channel over the rows of a block. `first` and `second` are this thread's, for
+// its V channels; `scratch` is shared.
 template <int V>
 struct ColumnScratch {
-  union {
-    float sums[2][kThreads * V];
-    double totals[2][kThreads];
-  };
-  uint32_t arrived;
+  float sums[2][kThreads * V];
 };
 
-// Adds up two sums per channel over all rows. `first` and `second` are this thread's, for its V
-// channels; `finish(channel, first, second)` is called once per channel with the totals.
-template <int V, typename Finish>
+template <int V>
 __device__ void sum_columns(const float (&first)[V], const float (&second)[V], int lanes,
-                            int64_t channels, uint32_t* counters, float2* partial,
-                            ColumnScratch<V>& scratch, Finish finish) {
+                            int64_t channels, float2* partial, ColumnScratch<V>& scratch) {
   const int rows = kThreads / lanes, width = lanes * V;
   const int lane = static_cast<int>(threadIdx.x) % lanes, row = static_cast<int>(threadIdx.x) / lanes;
   const int64_t start = static_cast<int64_t>(blockIdx.y) * width;  // first channel of the block
@@ -152,29 +147,32 @@ __device__ void sum_columns(const float (&first)[V], const float (&second)[V], i
     }
     partial[blockIdx.x * channels + start + column] = make_float2(a, b);
   }
-  if (!is_last_block(&counters[blockIdx.y], gridDim.x, scratch.arrived)) return;
-  // The last block adds the chunks, always in the same order. Several threads share a channel.
-  const int parts = kThreads / width;
-  const int part = static_cast<int>(threadIdx.x) / width;
-  const int64_t channel = start + static_cast<int>(threadIdx.x) % width;
+}
+
+// Adds the chunks, always in the same order, and calls `finish(channel, first, second)` once per
+// channel. A warp takes every eighth chunk of 32 channels.
+template <typename Finish>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const float2* partial, int64_t chunks, int64_t channels, Finish finish) {
+  __shared__ double totals[2][kWarps][32];
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   double a = 0, b = 0;
-  if (part < parts && channel < channels) {
-    const int64_t chunks = gridDim.x, each = (chunks + parts - 1) / parts;
-    const int64_t end = min((part + 1) * each, chunks);
+  if (channel < channels) {
 #pragma unroll 8
-    for (int64_t chunk = part * each; chunk < end; ++chunk) {
-      const float2 sums = __ldcg(partial + chunk * channels + channel);
+    for (int64_t chunk = warp; chunk < chunks; chunk += kWarps) {
+      const float2 sums = partial[chunk * channels + channel];
       a += sums.x;
       b += sums.y;
     }
   }
-  scratch.totals[0][threadIdx.x] = a;
-  scratch.totals[1][threadIdx.x] = b;
+  totals[0][warp][lane] = a;
+  totals[1][warp][lane] = b;
   __syncthreads();
-  if (part != 0 || channel >= channels) return;
-  for (int other = 1; other < parts; ++other) {
-    a += scratch.totals[0][other * width + threadIdx.x];
-    b += scratch.totals[1][other * width + threadIdx.x];
+  if (warp != 0 || channel >= channels) return;
+  for (int other = 1; other < kWarps; ++other) {
+    a += totals[0][other][lane];
+    b += totals[1][other][lane];
   }
   finish(channel, a, b);
 }

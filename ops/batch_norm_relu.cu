@@ -201,6 +201,7 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
         selection.ranks.words =
             static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b * selections;
         selection.ranks.count = static_cast<int>(selections);
+        selection.ranks.most = static_cast<uint32_t>(shape.capacity);
         if (mode == kByFlag) {
           selection.refresh = static_cast<const uint8_t*>(refresh.untyped_data()) + b;
           selection.stored = static_cast<const float*>(stored.untyped_data()) + b * selections;

@@ -48,11 +48,11 @@ struct Search {
 // How many values are to be kept: on the device ([high, low] words) or known here.
 struct Ranks {
   const uint32_t* words = nullptr;
-  uint32_t constant = 0;
+  uint32_t most = 0xffffffffu;  // as many, if there are no words
   int count = 1;
   __device__ uint32_t operator()(int s) const {
-    if (words == nullptr) return constant;
-    return words[2 * s] != 0 ? 0xffffffffu : words[2 * s + 1];
+    if (words == nullptr || words[2 * s] != 0) return most;
+    return min(words[2 * s + 1], most);
   }
 };
 

@@ -28,7 +28,7 @@ ffi::Error pack_op(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer thresho
       selection.workspace =
           static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n);
       selection.n = n;
-      // It is only read here.
+      selection.keeps_thresholds = true;
       selection.thresholds = static_cast<float*>(threshold.untyped_data()) + b;
       selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
                                           offsets->untyped_data(), overflow->untyped_data());

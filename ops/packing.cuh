@@ -430,6 +430,14 @@ __device__ __forceinline__ uint32_t pack_spans(const Source& source, int64_t n,
   return base;
 }
 
+// Makes what no value was kept for zero.
+template <typename T>
+__device__ void clear_rest(const Packed<T>& packed, uint32_t kept) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+  int64_t i = kept + static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  for (; i < packed.capacity; i += step) packed.values[i] = from_float<T>(0.f);
+}
+
 template <typename T, int kStreams, int kDepth, int kGroups>
 constexpr size_t pack_bytes() {
   return Streams<T, kStreams, kDepth>::kBytes + 2 * sizeof(T) * kSpan<T, kGroups>;

@@ -4,8 +4,8 @@
 // `search_kernel` finds exact thresholds, if they are wanted, and makes the values on the way.
 // `pack_kernel` packs by thresholds: those that were found, from the values that were made; those
 // that were given, in the pass that makes them. If more survive than there is room for,
-// `overflow_kernel` raises the limit to the `capacity`-th largest magnitude and packs again. What is
-// to be done stands in device memory. The blocks of each kernel run at once and wait for each other.
+// `overflow_kernel` makes the thresholds exact and packs again. What is to be done stands in device
+// memory. The blocks of each kernel run at once and wait for each other.
 
 #pragma once
 
@@ -14,11 +14,9 @@
 
 namespace swat {
 
-#ifndef SWAT_PACK_DEPTH
-#define SWAT_PACK_DEPTH 8
-#endif
+// How deep the queues of a pass that packs are, where shared memory has room for it.
 template <typename T, int kStreams>
-constexpr int kPackDepth = sizeof(T) == 2 ? (kStreams == 1 ? SWAT_PACK_DEPTH : 4) : 2;
+constexpr int kPackDepth = sizeof(T) == 2 ? (kStreams == 1 ? 8 : 4) : 2;
 
 // Groups of a span where shared memory has room for it.
 template <typename T>
@@ -46,6 +44,7 @@ struct Selection {
   const uint8_t* refresh = nullptr;  // says whether thresholds are exact; null: they are
   const float* stored = nullptr;     // the thresholds otherwise
   float* thresholds = nullptr;       // those in use
+  bool keeps_thresholds = false;     // they are not to be changed where there is no room
   Packed<T> packed;                  // of several thresholds the smallest decides
 
   __device__ bool is_exact() const { return refresh == nullptr || *refresh != 0; }
@@ -96,12 +95,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, limit, Ties{}, packed,
                                                    selection.counts(0), dynamic, scratch);
   }
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = wanted + thread; i < packed.capacity;
-       i += static_cast<int64_t>(gridDim.x) * kThreads) {
-    packed.values[i] = from_float<T>(0.f);
-  }
-  if (thread == 0) {
+  clear_rest(packed, wanted);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
     selection.control()->wanted = wanted;
     *packed.overflow = wanted > packed.capacity ? wanted - packed.capacity : 0;
   }
@@ -116,15 +111,23 @@ __global__ void __launch_bounds__(kThreads, 2)
   if (selection.control()->wanted <= packed.capacity) return;
   const auto grid = cooperative_groups::this_grid();
   Search* search = &selection.control()->searches[1];
-  Ranks ranks;
-  ranks.constant = packed.capacity;
-  find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search, nullptr, dynamic);
+  Ranks ranks = selection.ranks;
+  ranks.most = packed.capacity;
+  const bool keeps = selection.keeps_thresholds;
+  find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search,
+                             keeps ? nullptr : selection.thresholds, dynamic);
+  if (!keeps && blockIdx.x == 0 && threadIdx.x == 0) {
+    const uint64_t wanted = uint64_t{search->above} + search->at;
+    *packed.overflow =
+        wanted > packed.capacity ? static_cast<uint32_t>(wanted - packed.capacity) : 0;
+  }
   const Limit<T> limit(search->limit);
   count_ties<T, kGroups>(made, selection.n, limit, selection.counts(2), scratch);
   grid.sync();
-  pack_spans<T, kDepth, kGroups, true>(made, selection.n, limit,
-                                       Ties{packed.capacity - search->above, selection.counts(2)},
-                                       packed, selection.counts(1), dynamic, scratch);
+  const Ties ties{packed.capacity - search->above, selection.counts(2)};
+  const uint32_t kept = pack_spans<T, kDepth, kGroups, true>(
+      made, selection.n, limit, ties, packed, selection.counts(1), dynamic, scratch);
+  clear_rest(packed, kept);
 }
 
 // ---- Launches ----------------------------------------------------------------------------------

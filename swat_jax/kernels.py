@@ -149,9 +149,11 @@ class Selection:
     """What is packed of the output of `batch_norm_relu`, for one or two readers.
 
     Attributes:
-      keep: uint32 (readers, 2): how many values each of them keeps, in two words.
+      keep: uint32 (readers, 2): how many values each of them keeps, in two words; what is more
+        than ``capacity`` counts as ``capacity``.
       capacity: room for packed values, at least 1. What is packed is what any reader keeps.
-      is_refresh: scalar boolean; where it is False ``stored`` is used. None: exact always.
+      is_refresh: scalar boolean; where it is False ``stored`` is used, unless that would keep more
+        than fits: then thresholds are refreshed early. None: exact always.
       stored: float32 (readers,) thresholds, or None.
     """
 
@@ -160,6 +162,12 @@ class Selection:
     is_refresh: jax.Array | None = None
     stored: jax.Array | None = None
 
+    def counts(self) -> jax.Array:
+        """``keep``, at most ``capacity``."""
+        room = jnp.array([0, self.capacity], jnp.uint32)
+        fits = (self.keep[:, :1] == 0) & (self.keep[:, 1:] <= room[1])
+        return jnp.where(fits, self.keep, room)
+
 
 def select(x: jax.Array, selection: Selection) -> tuple[Packed, jax.Array]:
     """The packed form of ``x`` as selected, and the thresholds, one per reader.
@@ -167,13 +175,20 @@ def select(x: jax.Array, selection: Selection) -> tuple[Packed, jax.Array]:
     No gradient flows to ``x``.
     """
     x = lax.stop_gradient(x)
+    counts = selection.counts()
+    is_refresh = selection.is_refresh
+    if is_refresh is not None:
+        assert selection.stored is not None
+        least = functools.reduce(jnp.fmin, selection.stored)
+        kept = jnp.sum(top_k.mask(x, least), dtype=jnp.uint32)
+        is_refresh |= kept > selection.capacity
 
     def limit(reader: int) -> jax.Array:
-        keep = selection.keep[reader]
-        if selection.is_refresh is None:
+        keep = counts[reader]
+        if is_refresh is None:
             return threshold(x, keep).astype(jnp.promote_types(x.dtype, jnp.float32))
         assert selection.stored is not None
-        return refreshed_threshold(selection.is_refresh, x, keep, selection.stored[reader])
+        return refreshed_threshold(is_refresh, x, keep, selection.stored[reader])
 
     limits = [limit(reader) for reader in range(selection.keep.shape[0])]
     # NaN is larger than every number here.
@@ -253,7 +268,7 @@ def batch_norm_relu(
         is_refresh: Any = keep
         stored: Any = keep
         if selection is not None:
-            keep, readers, mode = selection.keep, selection.keep.shape[0], 1
+            keep, readers, mode = selection.counts(), selection.keep.shape[0], 1
             words += _selection_words(x.size)
             packed_results = list(_packed_results(x.dtype, x.size, selection.capacity))
             if selection.is_refresh is not None:
@@ -477,7 +492,7 @@ def _selection_words(size: int) -> int:
 def _cut_words(shape: tuple[int, ...]) -> int:
     rows, channels = shape
     chunks = min(_MOST_CHUNKS, -(-rows // _LEAST_ROWS))
-    return -(-channels // 2) * 2 + 2 * channels * chunks
+    return 2 * channels * chunks
 
 
 def _packed_results(dtype: Any, size: int, capacity: int) -> tuple[jax.ShapeDtypeStruct, ...]:

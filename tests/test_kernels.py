@@ -13,6 +13,7 @@ from flax import nnx
 from swat_jax import functional, kernels, native
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv
+from tests import oracle
 
 needs_library = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
 
@@ -104,3 +105,24 @@ def test_on_the_cpu_a_program_with_kernels_computes_as_one_without(monkeypatch):
         monkeypatch.setenv("SWAT_JAX_BACKEND", backend)
         found.append(jax.jit(lambda x: both(x))(x))
     jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0])
+def test_thresholds_that_would_keep_more_than_fits_are_refreshed_early(factor):
+    x = jax.random.normal(jax.random.key(0), (400,))
+    exact = oracle.threshold(np.asarray(x), 40)
+    stored = jnp.array([exact * factor])
+    selection = kernels.Selection(jnp.array([[0, 40]], jnp.uint32), 44, jnp.bool_(False), stored)
+    packed, limits = jax.jit(kernels.select)(x, selection)
+    assert limits[0] == exact
+    assert int(jnp.sum(packed.values != 0)) == 40
+    assert int(packed.overflow) == 0
+
+
+def test_what_is_kept_is_never_more_than_fits():
+    x = jax.random.normal(jax.random.key(0), (400,))
+    for words in ([0, 100], [1, 0]):
+        selection = kernels.Selection(jnp.array([words], jnp.uint32), 44)
+        packed, limits = jax.jit(kernels.select)(x, selection)
+        assert limits[0] == oracle.threshold(np.asarray(x), 44)
+        assert int(packed.overflow) == 0
