@@ -1,0 +1,397 @@
+// The kernels without JAX, for compute-sanitizer and for two streams at once.
+//
+//   nvcc -std=c++17 -O3 -arch=native -I ops -isystem ops/third_party tests/gpu/check_kernels.cu \
+//        -o check_kernels
+//   ./check_kernels && compute-sanitizer --tool racecheck ./check_kernels
+//
+// Every problem runs forward and backward on each of two streams at the same time and is compared
+// with what the host computes in double, and with its own first run bit by bit. Buffers lie between
+// red zones, which must be untouched at the end.
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "batch_norm.cu"
+#include "batch_norm_relu.cu"
+#include "max_pool.cu"
+#include "pack.cu"
+
+namespace swat {
+namespace {
+
+int failures = 0;
+
+void expect(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("FAILED: %s\n", what);
+  ++failures;
+}
+
+void check_cuda(cudaError_t code, const char* what) {
+  if (code == cudaSuccess) return;
+  std::printf("FAILED: %s: %s\n", what, cudaGetErrorString(code));
+  std::exit(1);
+}
+
+// Device memory between two red zones.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) : count_(count) {
+    check_cuda(cudaMalloc(&memory_, bytes() + 2 * kZone), "cudaMalloc");
+    check_cuda(cudaMemset(memory_, kRed, kZone), "cudaMemset");
+    check_cuda(cudaMemset(memory_ + kZone + bytes(), kRed, kZone), "cudaMemset");
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { cudaFree(memory_); }
+  T* get() const { return reinterpret_cast<T*>(memory_ + kZone); }
+  void set(const std::vector<T>& from) const {
+    check_cuda(cudaMemcpy(get(), from.data(), bytes(), cudaMemcpyHostToDevice), "to the device");
+  }
+  std::vector<T> read() const {
+    std::vector<T> to(count_);
+    check_cuda(cudaMemcpy(to.data(), get(), bytes(), cudaMemcpyDeviceToHost), "to the host");
+    return to;
+  }
+  void expect_zones_untouched(const char* what) const {
+    std::vector<unsigned char> zone(kZone);
+    for (const int64_t at : {int64_t{0}, kZone + static_cast<int64_t>(bytes())}) {
+      check_cuda(cudaMemcpy(zone.data(), memory_ + at, kZone, cudaMemcpyDeviceToHost), "zone");
+      for (const unsigned char byte : zone) {
+        if (byte != kRed) return expect(false, what);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t kZone = 1024;
+  static constexpr int kRed = 0xab;
+  size_t bytes() const { return sizeof(T) * static_cast<size_t>(count_); }
+  int64_t count_;
+  char* memory_ = nullptr;
+};
+
+float host_float(float value) { return value; }
+float host_float(__half value) { return __half2float(value); }
+float host_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <typename T>
+std::vector<T> random_values(int64_t n, unsigned seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  std::vector<T> values(n);
+  for (T& value : values) value = T(normal(generator));
+  return values;
+}
+
+template <typename T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), sizeof(T) * a.size()) == 0;
+}
+
+template <typename A, typename B>
+bool close(const std::vector<A>& found, const std::vector<B>& expected, double bound) {
+  double largest = 1;
+  for (const B value : expected) largest = std::max(largest, std::abs(static_cast<double>(value)));
+  for (size_t i = 0; i < found.size(); ++i) {
+    if (!(std::abs(host_float(found[i]) - expected[i]) <= bound * largest)) return false;
+  }
+  return true;
+}
+
+// What a run leaves.
+template <typename T>
+struct Results {
+  std::vector<T> y, unpacked, dz, dx, values;
+  std::vector<uint32_t> bitmap, offsets, overflow;
+  std::vector<float> mean, variance, thresholds, sum, moment;
+
+  bool operator==(const Results& other) const {
+    return same_bits(y, other.y) && same_bits(unpacked, other.unpacked) && same_bits(dz, other.dz) &&
+           same_bits(dx, other.dx) && same_bits(values, other.values) &&
+           same_bits(bitmap, other.bitmap) && same_bits(offsets, other.offsets) &&
+           same_bits(overflow, other.overflow) && same_bits(mean, other.mean) &&
+           same_bits(variance, other.variance) && same_bits(thresholds, other.thresholds) &&
+           same_bits(sum, other.sum) && same_bits(moment, other.moment);
+  }
+};
+
+// Batch norm with a residual and packing, forward and backward. `mode`: thresholds are exact, or a
+// stored one is used, which keeps what it should or far too much.
+enum class Thresholds { kExact, kStored, kFarTooLow };
+
+template <typename T, bool kFixed>
+class Problem {
+ public:
+  Problem(int64_t rows, int64_t channels, Thresholds mode, unsigned seed)
+      : rows_(rows), channels_(channels), n_(rows * channels), keep_(std::max<int64_t>(n_ / 10, 1)),
+        mode_(mode), host_x_(random_values<T>(n_, seed)), host_more_(random_values<T>(n_, seed + 1)),
+        host_dy_(random_values<T>(n_, seed + 2)), x_(n_), more_(n_), dy_(n_), y_(n_), unpacked_(n_),
+        dz_(n_), dx_(n_), values_(capacity()), positive_(bitmap_words(n_)), bitmap_(bitmap_words(n_)),
+        offsets_(tiles_of(n_)), overflow_(1), workspace_(selection_words(n_)), keeps_(2),
+        partial_(Cut::words(rows, channels)), refresh_(1), stored_(1), thresholds_(1), least_(1),
+        mean_(channels), variance_(channels), scale_(channels), bias_(channels), sum_(channels),
+        moment_(channels), coefficients_(4 * channels) {
+    x_.set(host_x_), more_.set(host_more_), dy_.set(host_dy_);
+    keeps_.set({0, static_cast<uint32_t>(keep_)});
+    refresh_.set({static_cast<uint8_t>(mode == Thresholds::kExact ? 1 : 0)});
+    stored_.set({mode == Thresholds::kFarTooLow ? 0.125f : 2.0f});
+    least_.set({0.f});
+    scale_.set(std::vector<float>(channels, 1.5f));
+    bias_.set(std::vector<float>(channels, 0.25f));
+    check_cuda(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream");
+  }
+  ~Problem() { cudaStreamDestroy(stream_); }
+
+  int64_t capacity() const { return std::min(keep_ + keep_ / 20 + 1, n_); }
+
+  void start() {
+    const bool wide = true;
+    const Cut cut(rows_, channels_, wide);
+    const bool octets = cut.width == kOctet;
+    float2* partial = reinterpret_cast<float2*>(partial_.get());
+    const Parameters parameters{mean_.get(), variance_.get(), scale_.get(), bias_.get(), 1e-5f};
+    check_cuda(sum_rows(stream_, octets ? statistics_kernel<T, kOctet> : statistics_kernel<T, 1>,
+                        octets ? shared_bytes<T, kOctet, 1>() : shared_bytes<T, 1, 1>(), cut, partial,
+                        FinishStatistics<T>{{x_.get(), rows_, channels_}, mean_.get(),
+                                            variance_.get()},
+                        x_.get()),
+               "statistics");
+    const unsigned blocks = static_cast<unsigned>((channels_ + kThreads - 1) / kThreads);
+    const uint32_t channels = static_cast<uint32_t>(channels_);
+    coefficients_kernel<<<blocks, kThreads, 0, stream_>>>(parameters, channels, coefficients_.get());
+    Normalize<T, kFixed, true> source;
+    source.x = x_.get(), source.residual = more_.get(), source.y = y_.get();
+    source.positive = positive_.get();
+    source.parameters = parameters;
+    source.coefficients = coefficients_.get();
+    source.n = n_;
+    source.channels = Remainder(channels);
+    source.relu = true, source.wide = wide;
+    Selection<T> selection;
+    selection.workspace = workspace_.get();
+    selection.n = n_;
+    selection.ranks.words = keeps_.get();
+    selection.ranks.most = static_cast<uint32_t>(capacity());
+    selection.refresh = refresh_.get(), selection.stored = stored_.get();
+    selection.thresholds = thresholds_.get();
+    selection.packed = packed();
+    const Values<T> made(y_.get(), n_);
+    check_cuda(search(stream_, source, made, selection), "search");
+    check_cuda(pack(stream_, source, made, selection), "pack");
+    check_cuda(launch(stream_, unpack_kernel<T>, sizeof(T) * kTile * kWarps,
+                      (tiles_of(n_) + kWarps - 1) / kWarps, packed(),
+                      static_cast<const float*>(least_.get()), n_, unpacked_.get(), wide),
+               "unpack");
+    Gradients<T> gradients{x_.get(), dy_.get(), more_.get(), dz_.get(), positive_.get(),
+                           parameters, Mask::kBits};
+    check_cuda(
+        sum_rows(stream_,
+                 octets ? gradient_sums_kernel<T, kOctet, true> : gradient_sums_kernel<T, 1, true>,
+                 octets ? shared_bytes<T, kOctet, 3>() : shared_bytes<T, 1, 3>(), cut, partial,
+                 FinishGradientSums{parameters, sum_.get(), moment_.get()}, gradients),
+        "gradient sums");
+    const GradientSums sums{sum_.get(), moment_.get(), 1.f / static_cast<float>(rows_)};
+    gradient_coefficients_kernel<<<blocks, kThreads, 0, stream_>>>(parameters, sums, channels,
+                                                                  coefficients_.get());
+    Gradient<T, kFixed> gradient;
+    gradient.x = x_.get(), gradient.dy = dz_.get(), gradient.through = more_.get();
+    gradient.dx = dx_.get();
+    gradient.parameters = parameters, gradient.sums = sums;
+    gradient.coefficients = coefficients_.get();
+    gradient.n = n_;
+    gradient.channels = Remainder(channels);
+    gradient.finds_sign = false, gradient.wide = wide;
+    check_cuda(launch(stream_, map_kernel<T, Gradient<T, kFixed>>, Streams<T, 3>::kBytes,
+                      tiles_of(n_), gradient, n_),
+               "gradient");
+  }
+
+  Results<T> finish() {
+    check_cuda(cudaStreamSynchronize(stream_), "stream");
+    return {y_.read(),      unpacked_.read(), dz_.read(),         dx_.read(),   values_.read(),
+            bitmap_.read(), offsets_.read(),  overflow_.read(),   mean_.read(), variance_.read(),
+            thresholds_.read(), sum_.read(),  moment_.read()};
+  }
+
+  void compare(const Results<T>& found) const {
+    const double bound = sizeof(T) == 4 ? 1e-4 : std::is_same_v<T, __half> ? 1e-2 : 4e-2;
+    std::vector<double> mean(channels_), variance(channels_), sum(channels_), moment(channels_);
+    for (int64_t i = 0; i < n_; ++i) mean[i % channels_] += host_float(host_x_[i]) / rows_;
+    for (int64_t i = 0; i < n_; ++i) {
+      const double off = host_float(host_x_[i]) - mean[i % channels_];
+      variance[i % channels_] += off * off / rows_;
+    }
+    expect(close(found.mean, mean, 1e-4) && close(found.variance, variance, 1e-4), "statistics");
+    const auto normal = [&](int64_t i) {
+      const int64_t c = i % channels_;
+      return (host_float(host_x_[i]) - mean[c]) / std::sqrt(variance[c] + 1e-5);
+    };
+    std::vector<double> y(n_), dz(n_), dx(n_);
+    for (int64_t i = 0; i < n_; ++i) {
+      y[i] = std::max(1.5 * normal(i) + 0.25 + host_float(host_more_[i]), 0.0);
+      // Where the sign is the device's own: rounding may differ next to 0.
+      const bool passes = host_float(found.y[i]) > 0;
+      dz[i] = passes ? host_float(host_dy_[i]) + host_float(host_more_[i]) : 0.0;
+      sum[i % channels_] += host_float(found.dz[i]);
+      moment[i % channels_] += host_float(found.dz[i]) * normal(i);
+    }
+    expect(close(found.y, y, bound), "y");
+    expect(close(found.dz, dz, bound), "dz");
+    expect(close(found.sum, sum, 1e-3) && close(found.moment, moment, 1e-3), "gradient sums");
+    for (int64_t i = 0; i < n_; ++i) {
+      const int64_t c = i % channels_;
+      dx[i] = 1.5 / std::sqrt(variance[c] + 1e-5) *
+                  (host_float(found.dz[i]) - sum[c] / rows_ - normal(i) * moment[c] / rows_) +
+              host_float(host_more_[i]);
+    }
+    expect(close(found.dx, dx, bound), "dx");
+    compare_packed(found);
+  }
+
+  void expect_zones_untouched() const {
+    y_.expect_zones_untouched("around y");
+    unpacked_.expect_zones_untouched("around what was unpacked");
+    dz_.expect_zones_untouched("around dz");
+    dx_.expect_zones_untouched("around dx");
+    values_.expect_zones_untouched("around packed values");
+    positive_.expect_zones_untouched("around signs");
+    bitmap_.expect_zones_untouched("around the bitmap");
+    offsets_.expect_zones_untouched("around offsets");
+    workspace_.expect_zones_untouched("around the workspace");
+    partial_.expect_zones_untouched("around partial sums");
+    thresholds_.expect_zones_untouched("around thresholds");
+    overflow_.expect_zones_untouched("around the overflow count");
+    mean_.expect_zones_untouched("around means");
+    sum_.expect_zones_untouched("around sums");
+  }
+
+ private:
+  Packed<T> packed() const {
+    Packed<T> packed;
+    packed.values = values_.get(), packed.bitmap = bitmap_.get(), packed.offsets = offsets_.get();
+    packed.overflow = overflow_.get();
+    packed.capacity = static_cast<uint32_t>(capacity());
+    return packed;
+  }
+
+  // By the rules of swat_jax/sparsity/packing.py, from the device's own y.
+  void compare_packed(const Results<T>& found) const {
+    std::vector<float> sorted(n_);
+    for (int64_t i = 0; i < n_; ++i) sorted[i] = std::abs(host_float(found.y[i]));
+    const auto magnitudes = sorted;
+    std::nth_element(sorted.begin(), sorted.begin() + keep_ - 1, sorted.end(), std::greater<>());
+    const float exact = sorted[keep_ - 1];
+    const auto kept_by = [&](float limit) {
+      int64_t count = 0;
+      for (const float value : magnitudes) count += value >= limit && value > 0;
+      return count;
+    };
+    const float given = mode_ == Thresholds::kFarTooLow ? 0.125f : 2.0f;
+    const bool uses_given = mode_ != Thresholds::kExact && kept_by(given) <= capacity();
+    const float limit = uses_given ? given : exact;
+    expect(found.thresholds[0] == limit, "threshold");
+    int64_t above = 0, position = 0, wanted = 0;
+    for (const float value : magnitudes) above += value > limit;
+    int64_t room = capacity() - above;
+    bool same = true;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (i % kTile == 0) same &= found.offsets[i / kTile] == position;
+      bool kept = magnitudes[i] >= limit && magnitudes[i] > 0;
+      wanted += kept;
+      if (kept && magnitudes[i] == limit) kept = room-- > 0;
+      same &= (found.bitmap[i / 32] >> (i % 32) & 1) == kept;
+      same &= host_float(found.unpacked[i]) == (kept ? host_float(found.y[i]) : 0.f);
+      if (kept) same &= host_float(found.values[position++]) == host_float(found.y[i]);
+    }
+    for (int64_t i = position; i < capacity(); ++i) same &= host_float(found.values[i]) == 0.f;
+    expect(same, "packed form");
+    expect(found.overflow[0] == wanted - position, "overflow count");
+  }
+
+  int64_t rows_, channels_, n_, keep_;
+  Thresholds mode_;
+  std::vector<T> host_x_, host_more_, host_dy_;
+  Buffer<T> x_, more_, dy_, y_, unpacked_, dz_, dx_, values_;
+  Buffer<uint32_t> positive_, bitmap_, offsets_, overflow_, workspace_, keeps_, partial_;
+  Buffer<uint8_t> refresh_;
+  Buffer<float> stored_, thresholds_, least_, mean_, variance_, scale_, bias_, sum_, moment_,
+      coefficients_;
+  cudaStream_t stream_ = nullptr;
+};
+
+template <typename T, bool kFixed>
+void run(int64_t rows, int64_t channels, Thresholds mode, int repeats) {
+  Problem<T, kFixed> one(rows, channels, mode, 1), other(rows, channels, mode, 2);
+  one.start();
+  const Results<T> first = one.finish();
+  other.start();
+  const Results<T> second = other.finish();
+  one.compare(first);
+  other.compare(second);
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    one.start(), other.start();
+    expect(one.finish() == first && other.finish() == second, "the same bits on two streams");
+  }
+  one.expect_zones_untouched();
+  other.expect_zones_untouched();
+}
+
+void run_max_pool() {
+  // 3x3 windows at stride 2, one row and column of padding: winners drawn at random.
+  const int size = 9, results = 5, images = 3;
+  const int64_t channels = 16, work = int64_t{images} * size * size * channels / kOctet;
+  const int64_t n = int64_t{images} * results * results * channels;
+  Buffer<uint8_t> winner(n);
+  Buffer<float> dy(n), dx(int64_t{images} * size * size * channels);
+  std::vector<uint8_t> winners(n);
+  std::mt19937 generator(3);
+  for (uint8_t& value : winners) value = static_cast<uint8_t>(4 + generator() % 5);
+  const auto gradient = random_values<float>(n, 4);
+  winner.set(winners), dy.set(gradient);
+  const PoolAxis axis{size, results, 3, 2, 1};
+  check_cuda(launch(nullptr, max_pool_gradient_kernel<float, kOctet, uint32_t>, 0,
+                    (work + kThreads - 1) / kThreads, static_cast<const uint8_t*>(winner.get()),
+                    static_cast<const float*>(dy.get()), dx.get(), axis, axis,
+                    static_cast<uint32_t>(channels), static_cast<uint32_t>(work)),
+             "max pool");
+  check_cuda(cudaDeviceSynchronize(), "max pool");
+  double total = 0, expected = 0;
+  for (const float value : dx.read()) total += value;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t pixel = i / channels, row = pixel / results % results, column = pixel % results;
+    const int64_t y = row * 2 - 1 + winners[i] / 3, x = column * 2 - 1 + winners[i] % 3;
+    if (y >= 0 && y < size && x >= 0 && x < size) expected += gradient[i];
+  }
+  expect(std::abs(total - expected) < 1e-3, "max pool gradient");
+  dx.expect_zones_untouched("around the gradient of max pooling");
+}
+
+template <typename T>
+void run_all(int64_t scale, int repeats) {
+  for (const Thresholds mode : {Thresholds::kExact, Thresholds::kStored, Thresholds::kFarTooLow}) {
+    run<T, true>(1000 * scale + 3, 64, mode, repeats);
+    run<T, false>(333 * scale, 96, mode, repeats);
+    run<T, false>(97, 33, mode, repeats);
+  }
+}
+
+}  // namespace
+}  // namespace swat
+
+// `check_kernels [SCALE [REPEATS]]`: how large problems are, and how often they run on two streams.
+int main(int argc, char** argv) {
+  const int64_t scale = argc > 1 ? std::atoll(argv[1]) : 1;
+  const int repeats = argc > 2 ? std::atoi(argv[2]) : 2;
+  swat::run_all<float>(scale, repeats);
+  swat::run_all<__nv_bfloat16>(scale, repeats);
+  swat::run_all<__half>(scale, repeats);
+  swat::run_max_pool();
+  if (swat::failures == 0) std::printf("all kernels ok\n");
+  return swat::failures == 0 ? 0 : 1;
+}

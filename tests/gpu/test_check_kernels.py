@@ -1,0 +1,45 @@
+"""The kernels without JAX: on two streams at once, and under compute-sanitizer.
+
+Built here with nvcc, unless SWAT_JAX_CHECK_KERNELS says where the program lies.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if given := os.environ.get("SWAT_JAX_CHECK_KERNELS"):
+        return given
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc")
+    path = tmp_path_factory.mktemp("build") / "check_kernels"
+    options = ["-std=c++17", "-O3", "-arch=native", "-I", "ops", "-isystem", "ops/third_party"]
+    command = [nvcc, *options, "tests/gpu/check_kernels.cu", "-o", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return str(path)
+
+
+def test_two_streams_at_once(program):
+    result = subprocess.run([program, "40", "10"], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck"])
+def test_compute_sanitizer(program, tool):
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not pathlib.Path(sanitizer).exists():
+        pytest.skip("no compute-sanitizer")
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", program, "1", "1"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
+    assert "all kernels ok" in result.stdout
+    assert "ERROR SUMMARY: 0 errors" in result.stdout or "0 hazards" in result.stdout
