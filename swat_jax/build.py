@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swat_jax import functional, kernels, layer_table, models
+from swat_jax.dropout import Dropout
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.models import LayerTypes
@@ -54,6 +55,7 @@ def build(
         functools.partial(SwatLinear, pack=pack),
         BatchNormRelu if fused else NormRelu,
         functional.max_pool if fused else nnx.max_pool,
+        Dropout if fused else nnx.Dropout,
     )
     model = _create(config, num_classes, image_shape, layers, rngs)
     table = layer_table.network_table(

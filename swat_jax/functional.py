@@ -39,7 +39,7 @@ from swat_jax.batch_norm import Vectors
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import granularity as granularities
-from swat_jax.sparsity import top_k
+from swat_jax.sparsity import packing, top_k
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.top_k import Count
 from swat_jax.sparsity.varying import varying_like
@@ -680,3 +680,42 @@ def _max_pool_backward(pool: Pool, winner: jax.Array, dy: jax.Array) -> tuple[ja
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
+    """Dropout that keeps one bit per value for its backward pass.
+
+    Args:
+      x: floats of any shape.
+      key: what the mask is drawn from; of the same key `flax.nnx.Dropout` draws the same mask.
+      rate: the fraction that becomes 0, at least 0 and below 1; what is left is divided by
+        ``1 - rate``.
+
+    Example:
+      >>> float(jnp.mean(dropout(jnp.ones(10_000), jax.random.key(0), 0.5) == 0)) // 0.1
+      5.0
+
+    Source: Srivastava et al., "Dropout", 2014.
+    """
+    _check_floats("x", x)
+    if not 0 <= rate < 1:
+        raise UsageError(f"rate must be at least 0 and below 1, got {rate}")
+    return _dropout(1 - rate, x, jax.random.bernoulli(key, 1 - rate, x.shape))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dropout(share: float, x: jax.Array, kept: jax.Array) -> jax.Array:
+    return jnp.where(kept, x / share, jnp.zeros_like(x))
+
+
+def _dropout_forward(share: float, x: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _dropout(share, x, kept), packing.to_bitmap(kept)
+
+
+def _dropout_backward(share: float, bitmap: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
+    bitmap, dy = lax.optimization_barrier((bitmap, dy))
+    kept = packing.from_bitmap(bitmap, dy.size).reshape(dy.shape)
+    return _dropout(share, dy, kept), None
+
+
+_dropout.defvjp(_dropout_forward, _dropout_backward)

@@ -103,6 +103,6 @@ class LayerFactory:
             rngs=self._rngs,
         )
 
-    def dropout(self, rate: float) -> nnx.Dropout:
+    def dropout(self, rate: float) -> Any:
         """Dropout with a key stream of its own."""
-        return nnx.Dropout(rate, rngs=self._rngs)
+        return self._layers.dropout(rate, rngs=self._rngs)

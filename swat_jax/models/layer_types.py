@@ -22,9 +22,11 @@ class LayerTypes:
       norm_relu: called as `norm_relu(channels, ..., rngs=...)` with the arguments of
         `nnx.BatchNorm`; what it makes is called as a `NormRelu`.
       max_pool: called as `nnx.max_pool`.
+      dropout: called as `dropout(rate, rngs=rngs)`.
     """
 
     conv: Callable[..., Any] = nnx.Conv
     linear: Callable[..., Any] = nnx.Linear
     norm_relu: Callable[..., Any] = NormRelu
     max_pool: Callable[..., Any] = nnx.max_pool
+    dropout: Callable[..., Any] = nnx.Dropout

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from swat_jax import functional
+from swat_jax.dropout import Dropout
 from swat_jax.layers import ActivationThreshold, SwatConv, SwatLinear
 from swat_jax.models import densenet, resnet, wide_resnet
 from swat_jax.models.layer_factory import LayerFactory
@@ -39,7 +40,7 @@ def build(name: str, packs: bool, period: int) -> Any:
         functools.partial(SwatConv, **options), functools.partial(SwatLinear, **options)
     )
     if packs:
-        types = LayerTypes(types.conv, types.linear, BatchNormRelu, functional.max_pool)
+        types = LayerTypes(types.conv, types.linear, BatchNormRelu, functional.max_pool, Dropout)
     model = NETWORKS[name](LayerFactory(types, rngs=nnx.Rngs(0)))
     model.train()
     return model
