@@ -1,5 +1,6 @@
 """`batch_norm_relu` against autodiff of the same thing written out, and `BatchNormRelu`."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 from swat_jax.functional import batch_norm_relu
 from swat_jax.norm_relu import BatchNormRelu, NormRelu
@@ -87,3 +89,36 @@ def test_layer_equals_stock(training):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("adds", [True, False])
+def test_statistics_over_four_devices_are_those_of_the_whole_batch(fake_devices, adds, check_vma):
+    x, residual, dys, scale, bias = operands()
+    mesh = jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=fake_devices[:4])
+
+    def results(x, residual, dy, scale, bias, axis_name=None):
+        def run(x, residual, scale, bias):
+            out = batch_norm_relu(
+                x, scale, bias, residual=residual if adds else None, axis_name=axis_name
+            )
+            return out.y[0], (out.mean, out.variance)
+
+        y, pullback, statistics = jax.vjp(run, x, residual, scale, bias, has_aux=True)
+        dx, dresidual, dscale, dbias = pullback(dy)
+        if axis_name and not check_vma:  # else JAX sums the gradients of what all devices have
+            dscale, dbias = jax.lax.psum((dscale, dbias), axis_name)
+        return y, dx, dresidual, dscale, dbias, statistics
+
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    sharded = jax.shard_map(
+        functools.partial(results, axis_name="data"),
+        mesh=mesh,
+        in_specs=(split, split, split, whole, whole),
+        out_specs=(split, split, split, whole, whole, whole),
+        check_vma=check_vma,
+    )
+    found = jax.jit(sharded)(x, residual, dys[0], scale, bias)
+    wanted = jax.jit(results)(x, residual, dys[0], scale, bias)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=2e-5 * np.abs(other).max() + 1e-6)

@@ -217,6 +217,59 @@ def test_command_line_text_and_overrides(capsys):
     assert "note: the budgets of momentum change" in out
 
 
+def test_command_line_bytes(capsys):
+    """What the figures are is for `tests/test_memory.py`; here: of what, and how it is printed."""
+    arguments = ("--config", "configs/cifar10_resnet18.py:u90", "--bytes")
+    code, out, err = run(capsys, *arguments, "--config.devices=2")
+    assert (code, err) == (0, "")
+    assert out.startswith(
+        "kept for the backward pass of resnet18, dense, and of u90 with packed activations,"
+        " in bytes: 64 images on one device, bfloat16\n\nlayer "
+    )
+    # 64 * 32 * 32 * 64 values of two bytes, twice 64 of four; and one bit for each.
+    norm = 64 * 32 * 32 * 64 * 2 + 2 * 64 * 4
+    line = rf"stage1/0/norm2 +input +{norm:,} +0  input, signs +{norm + 64 * 32 * 32 * 8:,} +0\n"
+    assert re.search(line, out)
+    assert re.search(r"stage2/0/shortcut +input, shared +0 +16,384  packed input, shared +0", out)
+    assert re.search(r"\nu90   +[0-9.]+ MiB: .* of weights; 0\.[0-9]{2} of dense\n$", out)
+
+    code, out, _ = run(capsys, *arguments, "--batch_size=5", "--json")
+    result = json.loads(out)
+    assert (code, result["batch_size"], result["precision"]) == (0, 5, "bfloat16")
+    for name in ("dense", "swat"):
+        for key in ("activations", "weights"):
+            parts = sum(layer[name][key] for layer in result["layers"])
+            assert parts == result[name][key] > 0
+        assert result[name]["bytes"] == result[name]["activations"] + result[name]["weights"]
+    assert result["layers"][0] == {
+        "path": "stem",
+        "kind": "conv",
+        "dense": {"what": "input", "activations": 5 * 32 * 32 * 3 * 2, "weights": 0},
+        "swat": {
+            "what": "input",
+            "activations": 5 * 32 * 32 * 3 * 2,
+            "weights": 3 * 3 * 3 * 64 * 2,
+        },
+    }
+
+
+def test_bytes_line_up_under_a_long_name(capsys):
+    flags = ["--bytes", "--config.sparsity.weight=0.8"]
+    _, out, _ = run(capsys, "--config", "configs/digits.py:u90", *flags)
+    _, _, *lines = out.split("\n\n")[1].splitlines()
+    assert "u (weight 80, activation 90)" in out
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_command_line_bytes_of_the_dense_method(capsys):
+    code, out, _ = run(capsys, "--config", "configs/digits.py:dense", "--bytes")
+    first, _, head, *_, last = out.splitlines()
+    assert code == 0
+    assert first.endswith("resnet8, dense, in bytes: 64 images on one device, float32")
+    assert head.split() == ["layer", "dense", "activations", "weights"]
+    assert last.startswith("dense ")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,6 +279,33 @@ def test_command_line_text_and_overrides(capsys):
         (["--config=configs/digits.py", "--config.sparsity.weight=1.0"], "weight|sparsity"),
         (["--config=configs/cifar10_vgg16.py", "--config.data.image_size=16"], "at least 32x32"),
         (["--jsn"], "jsn"),
+        (["--config=configs/digits.py", "--batch_size=4"], "--batch_size: only --bytes"),
+        (
+            ["--config=configs/digits.py", "--bytes", "--batch_size=0"],
+            "--batch_size must be a whole",
+        ),
+        (
+            ["--config=configs/digits.py", "--bytes", "--config.devices=3"],
+            r"config\.batch_size must be divisible by config\.devices, got 64 and 3",
+        ),
+        (
+            ["--config=configs/digits.py", "--bytes", "--config.batch_size=0"],
+            r"config\.batch_size must be a whole number >= 1, got 0",
+        ),
+        (
+            ["--config=configs/digits.py", "--bytes", "--config.sparsity.pack=False"],
+            r"config\.sparsity\.pack must not be False",
+        ),
+        (["--config=configs/digits.py", "--bytes", "--config.precision=int8"], "'int8'"),
+        (
+            [
+                "--config=configs/cifar10_vgg16.py",
+                "--bytes",
+                "--batch_size=1",
+                "--config.data.image_size=16",
+            ],
+            "at least 32x32",
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_code_2(capsys, arguments, message):

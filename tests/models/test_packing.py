@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from swat_jax import functional
+from swat_jax.build import sparse_layers
 from swat_jax.dropout import Dropout
 from swat_jax.layers import ActivationThreshold, SwatConv, SwatLinear
 from swat_jax.models import densenet, resnet, wide_resnet
@@ -34,7 +35,7 @@ NETWORKS: dict[str, Any] = {
 SHAPE = (4, 16, 16, 3)
 
 
-def build(name: str, packs: bool, period: int) -> Any:
+def build(name: str, packs: bool, period: int, budgets: str = "equal") -> Any:
     options = {"weight_sparsity": 0.9, "threshold_every_steps": period, "pack": packs}
     types = LayerTypes(
         functools.partial(SwatConv, **options), functools.partial(SwatLinear, **options)
@@ -42,6 +43,15 @@ def build(name: str, packs: bool, period: int) -> Any:
     if packs:
         types = LayerTypes(types.conv, types.linear, BatchNormRelu, functional.max_pool, Dropout)
     model = NETWORKS[name](LayerFactory(types, rngs=nnx.Rngs(0)))
+    if budgets != "equal":
+        for index, (_, layer) in enumerate(sparse_layers(model)):
+            # Two readers of one value are then unlike.
+            layer.set_sparsity(
+                weight_sparsity=0.9,
+                activation_sparsity=(0.9, 0.6, 0.75)[index % 3],
+                threshold_every_steps=period,
+                dynamic_budget=budgets == "dynamic",
+            )
     model.train()
     return model
 
@@ -53,9 +63,17 @@ def loss_of(graph, rest, x, params):
 
 
 @pytest.mark.parametrize(
-    ("name", "period"), [*((name, 1) for name in NETWORKS), ("resnet", 10), ("imagenet", 10)]
+    ("name", "period", "budgets"),
+    [
+        *((name, 1, "equal") for name in NETWORKS),
+        ("resnet", 10, "equal"),
+        ("imagenet", 10, "equal"),
+        ("imagenet", 1, "unlike"),
+        ("imagenet", 10, "unlike"),
+        ("resnet", 10, "dynamic"),
+    ],
 )
-def test_loss_gradients_and_state(name, period):
+def test_loss_gradients_and_state(name, period, budgets):
     """Float32: 2e-4 of the largest value of every tensor, and 2e-5 of the largest of all.
 
     Sums over the batch that nearly cancel have the error of their summands. The networks are wide
@@ -64,7 +82,7 @@ def test_loss_gradients_and_state(name, period):
     x = jax.random.normal(jax.random.key(1), SHAPE)
 
     def run(packs):
-        model = build(name, packs, period)
+        model = build(name, packs, period, budgets)
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         function = functools.partial(loss_of, graph, rest, x)
         return jax.value_and_grad(function, has_aux=True)(params)

@@ -1,0 +1,218 @@
+"""What the benchmarks measure is what they say: the parts of them that need no GPU."""
+
+import argparse
+import importlib
+import json
+import math
+import pathlib
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from swat_jax.models import vgg
+from swat_jax.models.densenet import DenseNet
+from swat_jax.models.layer_factory import LayerFactory
+from swat_jax.models.layer_types import LayerTypes
+from swat_jax.models.resnet import BasicBlock, ResNet
+from swat_jax.sparsity import top_k
+
+FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark as it is when it is run."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module
+
+
+def build(name):
+    facts = {
+        "num_classes": 3,
+        "in_channels": 3,
+        "make": LayerFactory(LayerTypes(), rngs=nnx.Rngs(0)),
+    }
+    if name == "resnet":
+        return ResNet(BasicBlock, (1, 1), widths=(4, 8), **facts)
+    if name == "densenet":
+        return DenseNet((1, 1), 4, **facts)
+    return vgg.VGG((1, 2, 1, 1, 1), dropout_rate=0.5, **facts)
+
+
+def gradients(name):
+    """Loss, new averages and gradients, and the number of blocks that are computed again."""
+    model = build(name)
+    model.train()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+
+    def loss(params):
+        copy = nnx.merge(graph, params, rest, copy=True)
+        value = jnp.sum(jnp.square(copy(images)))
+        return value, nnx.to_pure_dict(nnx.state(copy, nnx.BatchStat))
+
+    both = jax.value_and_grad(loss, has_aux=True)
+    (value, averages), grads = jax.jit(both)(params)
+    blocks = str(jax.make_jaxpr(both)(params)).count("remat")
+    return value, averages, nnx.to_pure_dict(grads), blocks
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("resnet", 2), ("densenet", 3), ("vgg", 4)])
+def test_blocks_that_are_computed_again_change_no_value(load, monkeypatch, name, blocks):
+    monkeypatch.setattr(vgg, "HIDDEN", 8)
+    *expected, none = gradients(name)
+    with load("training_step").checkpointed_blocks():
+        *found, number = gradients(name)
+    assert (none, number) == (0, blocks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found,
+                 expected)  # fmt: skip
+    assert gradients(name)[-1] == 0  # nothing is left behind
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("keep", [1, 7, 100, 480])
+def test_a_sort_finds_the_exact_threshold(load, dtype, keep):
+    x = jax.random.normal(jax.random.key(keep), (16, 30)).astype(dtype)
+    x = x if keep % 2 else jnp.maximum(x, 0)
+    found = load("training_step").sorted_threshold(x, jnp.uint32(keep))
+    expected = top_k.threshold(x, keep)
+    assert found.dtype == expected.dtype
+    assert found == expected
+
+
+def test_naive_and_blocks_are_set_apart_only_inside(load):
+    steps, methods = load("training_step"), load("methods").METHODS
+    before, block = top_k.threshold, BasicBlock.__call__
+    with steps.apart(methods["naive u90"]):
+        assert top_k.threshold is steps.sorted_threshold
+        assert load("os").environ["SWAT_JAX_BACKEND"] == "xla"
+    with steps.apart(methods["dense, checkpoint"]):
+        assert BasicBlock.__call__ is not block
+    assert top_k.threshold is before
+    assert BasicBlock.__call__ is block
+
+
+PROGRAM = """\
+HloModule jit_body, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[]}
+
+%fused_computation (param_0: bf16[64,8]) -> bf16[64,8] {
+  %param_0 = bf16[64,8]{1,0} parameter(0)
+  ROOT %convolution.1 = bf16[64,8]{1,0} convolution(%param_0, %param_0), dim_labels=bf_io->bf
+}
+
+ENTRY %main.9 (x.1: bf16[64,8], stored: f32[]) -> (bf16[64,8], f32[]) {
+  %x.1 = bf16[64,8]{1,0} parameter(0), metadata={op_name="jit(body)/(x)"}
+  %stored = f32[] parameter(1)
+  %flag = pred[] constant(true)
+  %conv.1 = bf16[64,8]{1,0} fusion(bf16[64,8]{1,0} %x.1), kind=kCustom, calls=%fused_computation
+  %conv.2 = (bf16[64,8]{1,0}, u8[900]{0}) custom-call(%x.1), custom_call_target="__cudnn$convForward"
+  %relu.1 = (bf16[64,8]{1,0}, u32[0]{0}, u32[16]{0}, /*index=3*/u32[]) custom-call(%conv.1, %flag), \
+custom_call_target="swat_jax_batch_norm_relu", backend_config={mode = 2 : i64}
+  %made = bf16[64,8]{1,0} get-tuple-element(%relu.1), index=0
+  %bits = u32[16]{0} get-tuple-element(%relu.1), index=2
+  %limit = (f32[], u32[500]{0}) custom-call(%x.1, %stored), custom_call_target="swat_jax_threshold", \
+output_to_operand_aliasing={{0}: (1, {})}, api_version=API_VERSION_TYPED_FFI
+  %limit.1 = f32[] get-tuple-element(%limit), index=0
+  %unpack.1 = bf16[512]{0} custom-call(%bits, %limit.1), custom_call_target="swat_jax_unpack"
+  %copy.1 = bf16[64,8]{1,0} copy(%made)
+  ROOT %tuple = (bf16[64,8]{1,0}, f32[]) tuple(%copy.1, %limit.1)
+}
+"""  # noqa: E501
+
+
+def test_kinds_and_bytes_of_a_compiled_program(load):
+    program = load("hlo").Program(PROGRAM)
+    assert program.name == "jit_body"
+    kinds = {name: program.kind(name) for name in ("conv.1", "conv.2", "relu.1", "copy.1", "none")}
+    assert kinds == {
+        "conv.1": "convolutions", "conv.2": "convolutions", "relu.1": "batch_norm_relu",
+        "copy.1": "copies", "none": "not in the program",
+    }  # fmt: skip
+    assert program.is_ours("relu.1")
+    assert not program.is_ours("conv.2")
+    # Input and flag, result and bitmap; the last result is scratch.
+    assert program.moved_bytes("relu.1", refresh=False) == 1024 + 1 + 1024 + 64
+    assert program.moved_bytes("unpack.1", refresh=False) == 64 + 4  # nobody reads its result
+    assert program.moved_bytes("limit", refresh=True) == 1024 + 4 + 4
+    assert program.moved_bytes("limit", refresh=False) == 4  # it is reused
+
+
+def test_the_program_that_jax_prints_can_be_read(load):
+    compiled = jax.jit(lambda x: jnp.sort(x @ x)).lower(jnp.ones((8, 8))).compile()
+    program = load("hlo").Program(compiled.as_text())
+    kinds = set(map(program.kind, program.instructions))
+    assert {"sorts"} < kinds
+    sizes = {sum(one.results) for one in program.instructions.values()}
+    assert 256 in sizes
+
+
+def test_rows_are_the_best_round_beside_dense_in_the_group(load):
+    steps = load("steps")
+
+    def times(*pairs):
+        return [{"reused_ms": a, "refreshed_ms": b, "peak_mib": 8.0} for a, b in pairs]
+
+    facts = {"threshold_every_steps": 4, "device": "d", "versions": {}, "library": {}}
+    dense = types.SimpleNamespace(network="n:2", method="dense", error="", facts=facts)
+    other = types.SimpleNamespace(network="n:2", method="u90", error="", facts=facts)
+    base = steps.summary(dense, times((4.0, 4.0), (2.0, 2.0)))
+    found = steps.row(other, times((3.0, 7.0), (5.0, 5.0)), base)
+    assert found["ms"] == 4.0  # (3 * 3 + 7) / 4
+    assert found["rounds_ms"] == [4.0, 5.0]
+    assert found["time_ratio"] == 2.0
+    assert found["memory_ratio"] == 1.0
+    assert found["images_per_second"] == 500
+    report = steps.report([found, {"network": "n", "batch": 2, "method": "x", "error": "why"}])
+    assert report["device"] == "d"
+    assert "device" not in report["steps"][0]
+    assert [row["error"] for row in report["failed"]] == ["why"]
+
+
+def test_reports_are_joined_by_the_latest_row(load, tmp_path):
+    steps = load("steps")
+    row = {"network": "n", "batch": 2, "method": "u90"}
+    files = []
+    for number, method in enumerate(("u90", "u80", "u90")):
+        steps_ = [{**row, "method": method, "ms": number}]
+        found = {"device": "d", "versions": {}, "steps": steps_, "failed": []}
+        files.append(tmp_path / f"{number}.json")
+        files[-1].write_text(json.dumps(found))
+    joined = steps.merge(files)["steps"]
+    assert [(one["method"], one["ms"]) for one in joined] == [("u90", 2), ("u80", 1)]
+    files[1].write_text(json.dumps({"device": "e", "versions": {}, "steps": [], "failed": []}))
+    with pytest.raises(SystemExit, match="device is e"):
+        steps.merge(files)
+
+
+def test_a_process_that_fails_holds_up_nobody(load, capsys):
+    options = argparse.Namespace(
+        methods=["dense", "u90"], jobs=2, rounds=1, steps=5, timeout=120, cache=None
+    )
+    rows = list(load("steps").measure_network("no_such_config:2", options))
+    assert [row["method"] for row in rows] == ["dense", "u90"]
+    assert all("no_such_config" in row["error"] for row in rows)
+    assert "no_such_config:2 u90" in capsys.readouterr().err
+
+
+def test_backends_differ_by_no_more_than_seeds(load):
+    equivalence = load("equivalence")
+    second = [[3.0, 1.0, 2.0, 2.0, 9.0], [3.0, 2.0, 2.0, 1.0, 9.0]]  # what is left over: 9
+    near = [[3.0, 1.0, 2.0, 2.25, 9.0], [3.0, 2.5, 2.0, 1.0, 9.0]]
+    verdict = equivalence.compare(near, second, 2)
+    assert (verdict["difference"], verdict["bound"]) == (0.25, 0.5)
+    assert verdict["holds"]
+    assert verdict["windows"] == 2
+    assert verdict["steps_alike"] == 1
+    far = [[3.0, 1.0, 2.0, 2.0, 9.0], [3.0, 3.5, 2.0, 1.0, 9.0]]
+    assert not equivalence.compare(far, second, 2)["holds"]
+    broken = [[3.0, 1.0, math.nan, 2.0, 9.0], [3.0, 2.0, 2.0, 1.0, 9.0]]
+    assert not equivalence.compare(broken, second, 2)["holds"]
+    picture = equivalence.svg({
+        "network": "resnet8", "method": "u90", "batch": 2, "steps": 5, "device": "cpu",
+        "losses": {"cuda": near, "xla": second}, "verdict": verdict,
+    })  # fmt: skip
+    assert picture.count("<polyline") == picture.count("<polygon") == 2
