@@ -25,25 +25,28 @@ struct alignas(V) Winners {
   uint8_t v[V];
 };
 
-// V channels of one input value a thread. Its windows are visited so that its position in them
-// rises, as in the twin. Index counts threads' units: divisions of 64 bits would cost more than the
-// memory does.
+// V channels of one input value a thread, of a line of pixels after the other. Its windows are
+// visited so that its position in them rises, as in the twin. Index counts the units of a line:
+// divisions of 64 bits would cost more than the memory does.
 template <typename T, int V, typename Index>
 __global__ void __launch_bounds__(kThreads)
     max_pool_gradient_kernel(const uint8_t* winner, const T* dy, T* dx, PoolAxis rows,
-                             PoolAxis columns, Index channels, Index work) {
-  const Index groups = channels / V;
-  for (Index unit = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x; unit < work;
-       unit += static_cast<Index>(gridDim.x) * kThreads) {
-    const Index group = unit % groups, pixel = unit / groups;
-    const Index line = pixel / columns.size, image = line / rows.size;
-    const int x = static_cast<int>(pixel % columns.size), y = static_cast<int>(line % rows.size);
+                             PoolAxis columns, int64_t channels, int64_t lines) {
+  const Index groups = static_cast<Index>(channels / V);
+  const Index unit = static_cast<Index>(blockIdx.x) * kThreads + threadIdx.x;
+  if (unit >= columns.size * groups) return;
+  const Index group = unit % groups;
+  const int x = static_cast<int>(unit / groups);
+  const int first_column = columns.first(x), last_column = columns.last(x);
+  for (int64_t line = blockIdx.y; line < lines; line += gridDim.y) {
+    const int64_t image = line / rows.size;
+    const int y = static_cast<int>(line - image * rows.size);
+    const int first_row = rows.first(y);
     float sums[V] = {};
-    for (int r = rows.last(y); r >= rows.first(y); --r) {
-      for (int c = columns.last(x); c >= columns.first(x); --c) {
+    for (int r = rows.last(y); r >= first_row; --r) {
+      for (int c = last_column; c >= first_column; --c) {
         const int64_t at =
-            ((static_cast<int64_t>(image) * rows.results + r) * columns.results + c) * channels +
-            group * V;
+            ((image * rows.results + r) * columns.results + c) * channels + group * V;
         const uint32_t position =
             static_cast<uint32_t>(rows.position(y, r) * columns.window + columns.position(x, c));
         const Winners<V> won = *reinterpret_cast<const Winners<V>*>(winner + at);
@@ -56,14 +59,11 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
+    const int64_t to = line * columns.size * channels + static_cast<int64_t>(unit) * V;
     if constexpr (V == kOctet) {
-      Octet<T> result;
-#pragma unroll
-      for (int v = 0; v < V; ++v) result.v[v] = from_float<T>(sums[v]);
-      const int64_t to = static_cast<int64_t>(unit) * V;
-      store(result, dx, to, to + kOctet, true, true);
+      store(from_floats<T>(sums), dx, to, to + kOctet, true, true);
     } else {
-      dx[unit] = from_float<T>(sums[0]);
+      dx[to] = from_float<T>(sums[0]);
     }
   }
 }
@@ -108,17 +108,21 @@ ffi::Error max_pool_gradient(cudaStream_t stream, ffi::AnyBuffer winner, ffi::An
     T* target = static_cast<T*>(dx->untyped_data());
     const bool octets = channels % kOctet == 0 && is_wide(gradients) && is_wide(target) &&
                         reinterpret_cast<uintptr_t>(winners) % kOctet == 0;
-    const int64_t work = octets ? values / kOctet : values;
-    const auto run = [&](auto index) {
-      using Index = decltype(index);
-      const auto kernel = octets ? max_pool_gradient_kernel<T, kOctet, Index>
-                                 : max_pool_gradient_kernel<T, 1, Index>;
-      return launch(stream, kernel, 0, tiles_of(work * kOctet), winners, gradients, target, rows,
-                    columns, static_cast<Index>(channels), static_cast<Index>(work));
+    const int64_t units = columns.size * (octets ? channels / kOctet : channels);  // of a line
+    const int64_t lines = batch * rows.size;
+    const dim3 grid(static_cast<unsigned>((units + kThreads - 1) / kThreads),
+                    static_cast<unsigned>(std::min<int64_t>(lines, 65535)));
+    const auto run = [&](auto kernel) {
+      kernel<<<grid, kThreads, 0, stream>>>(winners, gradients, target, rows, columns, channels,
+                                            lines);
+      return cuda_error(kOp, cudaGetLastError());
     };
-    // Every thread adds the grid's size to its index once more at the end.
-    const bool narrow = work < (int64_t{1} << 31);
-    return cuda_error(kOp, narrow ? run(uint32_t{}) : run(int64_t{}));
+    if (units >= int64_t{1} << 31) {
+      return octets ? run(max_pool_gradient_kernel<T, kOctet, int64_t>)
+                    : run(max_pool_gradient_kernel<T, 1, int64_t>);
+    }
+    return octets ? run(max_pool_gradient_kernel<T, kOctet, uint32_t>)
+                  : run(max_pool_gradient_kernel<T, 1, uint32_t>);
   });
 }
 

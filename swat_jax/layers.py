@@ -59,7 +59,11 @@ class WeightBudget(nnx.Variable):
 
 
 class MeasuredSparsity(nnx.Variable):
-    """float32[2]: zeros in the weights and in the saved input, measured in the last call."""
+    """float32[3], of the last call: zeros in the weights and in the saved input, and losses.
+
+    The first two are fractions; the third counts the values that were to be kept of the input, but
+    were dropped for want of room.
+    """
 
 
 class _SwatLayer(nnx.Module):
@@ -210,8 +214,15 @@ class _SwatLayer(nnx.Module):
             if limit is None:
                 limit = kernels.threshold(x, activation_keep)
             masked = granularities.masked_weights(kernel, self.granularity, weight_limit)
-            zeros = jnp.stack([jnp.mean(masked == 0), 1 - jnp.mean(top_k.mask(x, limit))])
-            self.measured_sparsity = nnx.data(MeasuredSparsity(zeros))
+            kept = top_k.mask(x, limit)
+            dropped = jnp.uint32(0)
+            if given.packed is not None:
+                dropped = given.packed.overflow
+            elif "capacity" in selection:
+                wanted, room = jnp.sum(kept, dtype=jnp.uint32), jnp.uint32(selection["capacity"])
+                dropped = jnp.maximum(wanted, room) - room
+            found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped.astype(jnp.float32)]
+            self.measured_sparsity = nnx.data(MeasuredSparsity(jnp.stack(found)))
         return selection
 
     def _refresh(self, stored: Threshold, x: jax.Array, keep: Count) -> jax.Array:

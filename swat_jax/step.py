@@ -242,7 +242,7 @@ class Trainer:
 
     @functools.cached_property
     def measure(self) -> Callable[..., dict[str, jax.Array]]:
-        """``(state, images, labels) -> {path: float32[2]}``: zeros in weights and saved inputs.
+        """``(state, images, labels) -> {path: float32[3]}``: see `layers.MeasuredSparsity`.
 
         A forward pass in training mode with the thresholds that the last step left; it changes
         nothing. Means over the devices.

@@ -272,6 +272,7 @@ def _evaluate_epoch(
     return scores | {
         "weight_sparsity": measured.weight_sparsity,
         "activation_sparsity": measured.activation_sparsity,
+        "dropped_activations": measured.dropped,
         "training_flop_reduction": report.flop_reduction / report.measurements,
     }
 
@@ -311,6 +312,7 @@ class _Measured:
     layers: dict[str, dict[str, float]]
     weight_sparsity: float
     activation_sparsity: float
+    dropped: float  # values that had to be kept but found no room, on a device
     flop_reduction: float
 
 
@@ -320,8 +322,10 @@ def _measure(trainer: Trainer, state: TrainState, feed: Feed) -> _Measured:
     found = jax.device_get(trainer.measure(state, *feed.sample))
     weight = {layer.path: 0.0 for layer in table}
     activation = dict(weight)
-    for path, (zeros, saved_zeros) in found.items():
+    dropped = 0.0
+    for path, (zeros, saved_zeros, lost) in found.items():
         weight[path], activation[path] = float(zeros), float(saved_zeros)
+        dropped += float(lost)
     return _Measured(
         layers={
             path: {"weight_sparsity": weight[path], "activation_sparsity": activation[path]}
@@ -329,6 +333,7 @@ def _measure(trainer: Trainer, state: TrainState, feed: Feed) -> _Measured:
         },
         weight_sparsity=flops.mean_weight_sparsity(table, weight) / 100,
         activation_sparsity=flops.mean_activation_sparsity(table, activation) / 100,
+        dropped=dropped,
         flop_reduction=flops.training_flop_reduction(table, weight, activation),
     )
 
@@ -361,6 +366,7 @@ def _final(
         "final_loss": report.final_loss,
         "weight_sparsity": zeros / weights,
         "activation_sparsity": measured.activation_sparsity,
+        "dropped_activations": measured.dropped,
         "training_flop_reduction": report.flop_reduction / max(report.measurements, 1),
         "planned_training_flop_reduction": flops.training_flop_reduction(
             trainer.layer_table, planned.weight, planned.activation

@@ -507,7 +507,16 @@ def test_measured_sparsity_counts_zeros_of_weights_and_saved_input():
         weights = oracle.mask(np.asarray(layer.kernel[...]), limits["weight_threshold"])
         inputs = oracle.mask(np.asarray(x * scale), limits["activation_threshold"])
         (measured,) = jax.tree.leaves(nnx.state(layer, MeasuredSparsity))
-        np.testing.assert_allclose(measured, [1 - weights.mean(), 1 - inputs.mean()], atol=1e-6)
+        np.testing.assert_allclose(measured, [1 - weights.mean(), 1 - inputs.mean(), 0], atol=1e-6)
+
+
+def test_measured_are_values_that_found_no_room():
+    layer = conv_layer(weight_sparsity=0.7, activation_sparsity=0.9, pack=True)
+    layer.measure = True
+    x = jnp.ones(X_SHAPE)  # all of them equal the threshold
+    layer(x)
+    (measured,) = jax.tree.leaves(nnx.state(layer, MeasuredSparsity))
+    assert measured[2] == x.size - layer.activation_capacity(x.size)
 
 
 # ---------- Refusals ----------

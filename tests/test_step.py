@@ -185,7 +185,8 @@ def test_measured_sparsity_is_that_of_the_masks():
     pruned = jax.device_get(trainer.prune(state))
     for layer in trainer.layers:
         kernel = network.lookup(pruned, layer.path)["kernel"]
-        weights, activations = found[layer.path]
+        weights, activations, dropped = found[layer.path]
+        assert dropped == 0
         assert weights == pytest.approx(np.mean(kernel == 0), abs=1e-6)
         assert activations >= (0 if layer.weight_sparsity == 0 else 0.899)
 

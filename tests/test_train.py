@@ -17,6 +17,7 @@ RESULT_KEYS = {
     "final_loss",
     "weight_sparsity",
     "activation_sparsity",
+    "dropped_activations",
     "training_flop_reduction",
     "seconds",
     "images_per_second",
