@@ -6,7 +6,9 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "blocks.cuh"
+#include "handlers.cuh"
+#include "memory.cuh"
 
 namespace swat {
 

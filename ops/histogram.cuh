@@ -10,7 +10,8 @@
 
 #include <cooperative_groups.h>
 
-#include "common.cuh"
+#include "blocks.cuh"
+#include "memory.cuh"
 
 namespace swat {
 

@@ -2,7 +2,8 @@
 
 #include <limits>
 
-#include "common.cuh"
+#include "handlers.cuh"
+#include "memory.cuh"
 
 namespace swat {
 namespace {

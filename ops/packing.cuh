@@ -9,7 +9,9 @@
 
 #pragma once
 
-#include "common.cuh"
+#include "blocks.cuh"
+#include "handlers.cuh"
+#include "memory.cuh"
 
 namespace swat {
 
