@@ -82,18 +82,27 @@ def sorting_lines() -> list[str]:
 
 
 def steps_section(found: dict[str, Any]) -> str:
-    first = found["steps"][0]
+    facts = found if "device" in found else found["steps"][0]
     lines = [
         "## Training steps",
         "",
-        f"Measured on an {first['device']}, {found['date']}, jax {first['versions']['jax']}:",
+        f"Measured on an {facts['device']}, {found['date']}, jax {facts['versions']['jax']}:",
         "`python benchmarks/steps.py`. bfloat16, synthetic images on the device; dense is stock",
         "Flax. P is the number of steps between exact thresholds, and the time is the mean over a",
         "period.",
         "",
-        "| network, batch | method | P | ms | of dense | images/s | peak MiB | of dense |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
+    memory = {"xla_mib": "XLA's MiB", "kept_mib": "kept MiB"}
+    memory = {key: name for key, name in memory.items() if key in found["steps"][0]}
+    if memory:
+        lines[-1:] = [
+            "Peak memory is what the allocator saw; beside it what XLA plans for a whole step, and",
+            "what layers keep for their backward passes (`python -m swat_jax.flops --bytes`).",
+            "",
+        ]
+    heads = ("network, batch", "method", "P", "ms", "of dense", "images/s", "peak MiB", "of dense")
+    heads += tuple(memory.values())
+    lines += [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in found["steps"]:
         cells = (
             f"{row['network']}, {row['batch']}",
@@ -104,13 +113,13 @@ def steps_section(found: dict[str, Any]) -> str:
             f"{row['images_per_second']:.0f}",
             f"{row['peak_mib']:.0f}",
             f"{row['memory_ratio']:.2f}",
+            *("" if row[key] is None else f"{row[key]:.0f}" for key in memory),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def profile_section(found: dict[str, Any]) -> str:
-    gigabytes = found["gigabytes"]
     lines = [
         "### Where the time goes",
         "",
@@ -120,17 +129,25 @@ def profile_section(found: dict[str, Any]) -> str:
     for step in found["steps"]:
         kernels = sum(kind["ms"] for kind in step["kinds"])
         lines += [
-            f"{step['method']}: {step['wall_ms']} ms a step, {kernels:.1f} in kernels.",
+            f"{step['method']}: {step['wall_ms']:.2f} ms a step, {kernels:.1f} in kernels.",
             "",
             "| | ms | launches | GB | GB/s |",
             "|---|---:|---:|---:|---:|",
         ]
         for kind in step["kinds"]:
-            size = gigabytes.get(kind["kind"]) if step["method"] != "dense" else None
-            moved = f"{size:.1f} | {size / kind['ms'] * 1e3:.0f}" if size else " | "
-            lines.append(f"| {kind['kind']} | {kind['ms']:.2f} | {kind['launches']} | {moved} |")
+            moved = gigabytes(found, step, kind)
+            rate = f"{moved:.1f} | {moved / kind['ms'] * 1e3:.0f}" if moved else " | "
+            lines.append(f"| {kind['kind']} | {kind['ms']:.2f} | {kind['launches']:.0f} | {rate} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def gigabytes(found: dict[str, Any], step: dict[str, Any], kind: dict[str, Any]) -> float | None:
+    """What an op has to move in a step, where it is known and not next to nothing."""
+    if "bytes" in kind:
+        return kind["bytes"] / 1e9 if kind["bytes"] > 5e7 else None
+    # Files from before `step_profile.py` counted bytes have them beside the steps.
+    return None if step["method"] == "dense" else found.get("gigabytes", {}).get(kind["kind"])
 
 
 STEP_MISSES = """The marks for this network are 0.87 of dense in time (0.92 at P = 1) and 0.62 in

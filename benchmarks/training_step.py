@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import os
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from methods import Method
 
 from swat_jax import config_file, step
 from swat_jax.data import Info
+from swat_jax.models.densenet import DenseLayer, Transition
+from swat_jax.models.resnet import BasicBlock, Bottleneck
+from swat_jax.models.vgg import ConvUnit
+from swat_jax.models.wide_resnet import WideBlock
+from swat_jax.sparsity import top_k
+
+# Steps take these in turn: thresholds that are reused would drift on images that are always the
+# same, since the network learns them by heart.
+BATCHES = 8
+BLOCKS: tuple[Any, ...] = (BasicBlock, Bottleneck, WideBlock, DenseLayer, Transition)
 
 
 @dataclasses.dataclass
@@ -20,21 +37,26 @@ class TrainingStep:
 
     Attributes:
       config: as it was compiled.
+      info: what the images are.
       compiled: the program.
       state: a training state; None where the step is only compiled.
-      batch: images and labels.
+      batches: images and labels of each batch.
+      done: steps that were run.
     """
 
     config: Any
+    info: Info
     compiled: Any
     state: Any
-    batch: tuple[jax.Array, ...]
+    batches: tuple[tuple[jax.Array, jax.Array], ...]
+    done: int = 0
 
     def run(self, *, refresh: bool = False) -> None:
         """One step, asynchronously; with ``refresh`` one that recomputes thresholds."""
         if refresh:
-            self.state = {**self.state, "step": jax.numpy.zeros_like(self.state["step"])}
-        self.state, _ = self.compiled(self.state, *self.batch)
+            self.state = {**self.state, "step": jnp.zeros_like(self.state["step"])}
+        self.state, _ = self.compiled(self.state, *self.batches[self.done % len(self.batches)])
+        self.done += 1
 
     def milliseconds(self, count: int, *, refresh: bool = False) -> float:
         """Mean time of a step over ``count`` of them."""
@@ -44,6 +66,36 @@ class TrainingStep:
             self.run(refresh=refresh)
         jax.block_until_ready(self.state)
         return (time.perf_counter() - start) / count * 1e3
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that this process had in use, with one batch of images; 0 if unknown."""
+        peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        # The other batches lay there all the time. A training run has one.
+        others = sum(array.nbytes for batch in self.batches[1:] for array in batch)
+        return max(peak - others, 0)
+
+    @property
+    def temporary_bytes(self) -> int:
+        """Memory that XLA plans for what lives inside a step."""
+        return self.compiled.memory_analysis().temp_size_in_bytes
+
+    @property
+    def xla_bytes(self) -> int:
+        """All memory that XLA plans for a step: state, images, results, what lives inside.
+
+        Results that take the place of an argument are counted once.
+        """
+        found = self.compiled.memory_analysis()
+        results = found.output_size_in_bytes - found.alias_size_in_bytes
+        return found.argument_size_in_bytes + results + found.temp_size_in_bytes
+
+
+def make_method(network: str, method: Method) -> TrainingStep:
+    """A step of a network, written CONFIG:BATCH, in one of the ways of `methods.METHODS`."""
+    name, batch = network.split(":")
+    with apart(method):
+        return make(name, method.name, int(batch), settings=method.settings)
 
 
 def make(
@@ -81,13 +133,81 @@ def make(
         images: Any = jax.ShapeDtypeStruct(shape, np.uint8)
         labels: Any = jax.ShapeDtypeStruct((batch,), np.int32)
         compiled = train_step.lower(jax.eval_shape(make_state), images, labels).compile()
-        return TrainingStep(config, compiled, None, ())
+        return TrainingStep(config, info, compiled, None, ())
     rng = np.random.default_rng(0)
-    images, labels = step.put_batch(
-        trainer,
-        rng.integers(0, 256, shape, np.uint8),
-        rng.integers(0, classes, batch).astype(np.int32),
+    batches = tuple(
+        step.put_batch(
+            trainer,
+            rng.integers(0, 256, shape, np.uint8),
+            rng.integers(0, classes, batch).astype(np.int32),
+        )
+        for _ in range(BATCHES)
     )
     state = make_state()
-    compiled = train_step.lower(state, images, labels).compile()
-    return TrainingStep(config, compiled, state, (images, labels))
+    compiled = train_step.lower(state, *batches[0]).compile()
+    return TrainingStep(config, info, compiled, state, batches)
+
+
+@contextlib.contextmanager
+def apart(method: Method) -> Iterator[None]:
+    """What sets a method apart besides its config, for steps that are compiled inside."""
+    with contextlib.ExitStack() as stack:
+        if method.backend:
+            backend = {"SWAT_JAX_BACKEND": method.backend}
+            stack.enter_context(mock.patch.dict(os.environ, backend))
+        if method.checkpoints:
+            stack.enter_context(checkpointed_blocks())
+        if method.sorts:
+            stack.enter_context(mock.patch.object(top_k, "threshold", sorted_threshold))
+        yield
+
+
+def sorted_threshold(x: jax.Array, keep: top_k.Count) -> jax.Array:
+    """`swat_jax.sparsity.top_k.threshold` by a full sort, for 1 <= keep <= x.size and no NaN."""
+    low = top_k.words(keep, two_words=False)[0]
+    return jnp.sort(jnp.abs(x).ravel())[x.size - low.astype(jnp.int32)]
+
+
+class _Stage(NamedTuple):
+    """Convs of a VGG stage that are yet to be computed, together."""
+
+    x: Any
+    units: tuple[Any, ...]
+    after: tuple[Any, ...]
+
+
+@contextlib.contextmanager
+def checkpointed_blocks() -> Iterator[None]:
+    """Models that run inside keep the inputs of their blocks alone: `jax.checkpoint` around each.
+
+    A block is a residual block, a dense layer or a transition; of VGG, all convs of a stage with
+    their norms. Parameters and running averages are those of the model.
+    """
+
+    def checkpointed(call: Any) -> Any:
+        @functools.wraps(call)
+        def again(block: Any, x: Any, *rest: Any) -> Any:
+            return nnx.remat(lambda block, x: call(block, x, *rest))(block, x)
+
+        return again
+
+    def unit(self: Any, x: Any, after: Any) -> Any:
+        given, units, afters = x if isinstance(x, _Stage) else _Stage(x, (), ())
+        stage = _Stage(given, (*units, self), (*afters, after))
+        if "dense" not in after:
+            return stage  # the last conv of the stage computes them all
+
+        def run(units: Any, x: Any) -> Any:
+            for one, follow in zip(units, stage.after, strict=True):
+                x = plain_unit(one, x, follow)
+            return x
+
+        return nnx.remat(run)(stage.units, given)
+
+    plain_unit = ConvUnit.__call__
+    with contextlib.ExitStack() as stack:
+        for kind in BLOCKS:
+            patch = mock.patch.object(kind, "__call__", checkpointed(kind.__call__))
+            stack.enter_context(patch)
+        stack.enter_context(mock.patch.object(ConvUnit, "__call__", unit))
+        yield

@@ -1,8 +1,11 @@
 """What a training step and an inference cost, layer by layer, and what SWAT saves of it.
 
     python -m swat_jax.flops --config configs/imagenet_resnet50.py:u80 [--json]
+    python -m swat_jax.flops --config configs/imagenet_resnet50.py:u80 --bytes [--batch_size N]
 
-Counted are the multiply-accumulates (MACs) of convolutions and linear layers, per image:
+With `--bytes` it prints what `swat_jax.kept_bytes` counts: the bytes that every layer keeps for its
+backward pass, for the config's precision and batch or for N images on one device. Without, counted
+are the multiply-accumulates (MACs) of convolutions and linear layers, per image:
 
 * forward `F = Cin*Cout*kh*kw*Hout*Wout / groups`, and as many for the weight gradient;
 * input gradient `X = Cin*Cout*kh*kw*Hin*Win / groups`, at the resolution of the INPUT, and for the
@@ -23,7 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from swat_jax import config_file, method
+from swat_jax import config_file, kept_bytes, method
 from swat_jax.errors import UsageError
 from swat_jax.layer_table import Layer, Sparsities, layer_table, network_table, sparsities
 
@@ -35,6 +38,7 @@ DEFAULT_CLASSES = 10
 __all__ = [
     "Layer",
     "Sparsities",
+    "bytes_report",
     "channels_pruned",
     "config_table",
     "inference_flop_reduction",
@@ -120,12 +124,16 @@ def config_table(config: Any, num_classes: int | None = None) -> list[Layer]:
       config: needs `model.name`, `data.image_size` and `data.mean` (one number per channel).
       num_classes: width of the output; None: what `config.dataset` is known to have.
     """
+    return network_table(config.model.name, **_facts(config, num_classes))
+
+
+def _facts(config: Any, num_classes: int | None = None) -> dict[str, Any]:
+    """Width of the output and shape of an image, as far as the config tells them."""
     size = config.data.image_size
-    return network_table(
-        config.model.name,
-        num_classes=num_classes or NUM_CLASSES.get(config.dataset, DEFAULT_CLASSES),
-        image_shape=(size, size, len(config.data.mean)),
-    )
+    return {
+        "num_classes": num_classes or NUM_CLASSES.get(config.dataset, DEFAULT_CLASSES),
+        "image_shape": (size, size, len(config.data.mean)),
+    }
 
 
 def report(config: Any, num_classes: int | None = None) -> dict[str, Any]:
@@ -194,6 +202,31 @@ def render(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bytes_report(config: Any, batch_size: int | None = None) -> dict[str, Any]:
+    """What layers keep for their backward passes, see `swat_jax.kept_bytes.report`.
+
+    Args:
+      config: with the keys of `swat_jax.recipe.base`.
+      batch_size: images that one device takes in a step; None: those of the config, spread over its
+        devices, or on one if it does not say how many there are.
+
+    Raises:
+      UsageError: a number of images that cannot be had, or see there.
+    """
+    key, size = "--batch_size", batch_size
+    if size is None:
+        key, size = "config.batch_size", config.batch_size
+        devices = 1 if config.devices is None else config.devices
+        if devices < 1 or size % devices:
+            raise UsageError(
+                f"config.batch_size must be divisible by config.devices, got {size} and {devices}"
+            )
+        size //= devices
+    if size < 1:
+        raise UsageError(f"{key} must be a whole number >= 1, got {size}")
+    return kept_bytes.report(config, **_facts(config), batch_size=size)
+
+
 def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "-"
 
@@ -202,6 +235,10 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code (2: the command line or the config is wrong)."""
     flag_values = flags.FlagValues()
     flags.DEFINE_bool("json", False, "print JSON instead of a table", flag_values=flag_values)
+    flags.DEFINE_bool("bytes", False, "print what is kept, not MACs", flag_values=flag_values)
+    flags.DEFINE_integer(
+        "batch_size", None, "images on one device, for --bytes", flag_values=flag_values
+    )
     flags.DEFINE_bool("help", False, "print this help", flag_values=flag_values)
     try:
         config = config_file.parse_flags(flag_values, argv)
@@ -210,11 +247,17 @@ def main(argv: Sequence[str]) -> int:
             return 0
         if config is None:
             raise UsageError("--config is missing: give a file, such as configs/digits.py:u90")
-        result = report(config)
+        batch_size = flag_values["batch_size"].value
+        if flag_values["bytes"].value:
+            result, text = bytes_report(config, batch_size), kept_bytes.render
+        elif batch_size is None:
+            result, text = report(config), render
+        else:
+            raise UsageError("--batch_size: only --bytes counts what depends on it")
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(result, indent=2) if flag_values["json"].value else render(result))
+    print(json.dumps(result, indent=2) if flag_values["json"].value else text(result))
     return 0
 
 

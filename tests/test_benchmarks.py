@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import pathlib
 import types
 
@@ -89,7 +90,7 @@ def test_naive_and_blocks_are_set_apart_only_inside(load):
     before, block = top_k.threshold, BasicBlock.__call__
     with steps.apart(methods["naive u90"]):
         assert top_k.threshold is steps.sorted_threshold
-        assert load("os").environ["SWAT_JAX_BACKEND"] == "xla"
+        assert os.environ["SWAT_JAX_BACKEND"] == "xla"
     with steps.apart(methods["dense, checkpoint"]):
         assert BasicBlock.__call__ is not block
     assert top_k.threshold is before

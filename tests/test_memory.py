@@ -218,6 +218,10 @@ def resnet50_mib(text):
     return compiled.memory_analysis().temp_size_in_bytes / MIB, kept / MIB
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 11, 1),
+    reason="until then XLA's plan for the CPU did not heed the barriers of backward passes",
+)
 def test_peak_of_a_step_that_packs():
     """Last measured: 2,035 MiB, of which 1,648 are kept and 98 are gradients of the weights.
 

@@ -1,0 +1,44 @@
+"""The ways to train that are measured against each other; imports no JAX."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+      name: the method as it is spelled after a config's file.
+      settings: further values of the config by their dotted names.
+      checkpoints: whether blocks are computed again in the backward pass, by `jax.checkpoint`.
+      sorts: whether thresholds come from a full sort.
+      backend: the backend of the ops; None: the one that is in use.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    checkpoints: bool = False
+    sorts: bool = False
+    backend: str | None = None
+
+
+_EXACT = {"sparsity.threshold_every_steps": 1}
+_STOCK_AND_UNPACKED = {"sparsity.pack": False, "model.fused_batch_norm": False}
+
+METHODS: dict[str, Method] = {
+    "dense": Method("dense"),
+    "dense + our batch norm": Method("dense", {"model.fused_batch_norm": True}),
+    # Around every residual block or dense layer; in VGG, which has none, around every stage.
+    "dense, checkpoint": Method("dense", checkpoints=True),
+    # SWAT as it can be written in a few lines: exact thresholds by a full sort at every step, saved
+    # activations as dense arrays with zeros, stock batch norm, no kernels.
+    "naive u90": Method("u90", {**_EXACT, **_STOCK_AND_UNPACKED}, sorts=True, backend="xla"),
+    "u80": Method("u80"),
+    "u80 exact": Method("u80", _EXACT),
+    "u90": Method("u90"),
+    "u90 exact": Method("u90", _EXACT),
+    "erk90": Method("erk90"),
+    "channel70": Method("channel70"),
+}
