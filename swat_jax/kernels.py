@@ -17,7 +17,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,7 +94,7 @@ def refreshed_threshold(
     x = lax.stop_gradient(x)
     if not _has_kernel("threshold", x.dtype) or stored.dtype != jnp.float32:
         return thresholds.refresh(is_refresh, stored, lambda: threshold(x, keep))
-    return _threshold(x, keep, jnp.asarray(is_refresh), stored, is_state=True)
+    return _threshold(x, keep, jnp.asarray(is_refresh), stored)
 
 
 def sparsify(x: jax.Array, threshold: jax.Array | float) -> jax.Array:
@@ -287,7 +287,6 @@ def batch_norm_relu(
             *(vector.astype(jnp.float32) for vector in vectors),
             _absent(x.dtype) if residual is None else _rows(residual),
             *(keep, is_refresh, stored),
-            aliases={8: 6} if mode == 2 else None,
             epsilon=np.float32(epsilon),
             relu=relu,
             mode=np.int64(mode),
@@ -404,15 +403,12 @@ def _threshold(
     keep: top_k.Count,
     is_refresh: jax.Array,
     stored: jax.Array,
-    *,
-    is_state: bool = False,
 ) -> jax.Array:
     def kernel(x: jax.Array, keep: jax.Array, refresh: jax.Array, stored: jax.Array) -> jax.Array:
         limit, _ = _call(
             "threshold",
             (jax.ShapeDtypeStruct((), jnp.float32), _words(_selection_words(x.size))),
             *(x.ravel(), keep, refresh, stored),
-            aliases={3: 0} if is_state else None,
         )
         return limit
 
@@ -443,19 +439,14 @@ def _call(
     name: str,
     results: Sequence[Any],
     *operands: jax.Array,
-    aliases: Mapping[int, int] | None = None,
     **attributes: Any,
 ) -> list[Any]:
-    """The custom call; under `jax.vmap` a leading axis of independent problems.
-
-    ``aliases`` says which operand a result may take the place of, so that state stays where it is.
-    """
+    """The custom call; under `jax.vmap` a leading axis of independent problems."""
     axes = varying_axes(operands)
     call = jax.ffi.ffi_call(
         f"swat_jax_{name}",
         tuple(results),
         vmap_method="broadcast_all",
-        input_output_aliases=dict(aliases or {}),
     )
     outputs = call(*operands, **attributes)
     # The call loses the information over which mesh axes its results vary.

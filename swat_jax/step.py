@@ -156,7 +156,9 @@ class Trainer:
         ``accuracy``.
         """
         step = self._on_mesh(self._local_step, (P(AXIS), P(AXIS)), (self._state_specs(), P()))
-        return jax.jit(step, donate_argnums=0)
+        # A threshold that is shared is not read. Without it results would be paired with the memory
+        # of others, and copied.
+        return jax.jit(step, donate_argnums=0, keep_unused=True)
 
     @functools.cached_property
     def train_steps(self) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -176,7 +178,7 @@ class Trainer:
             state, metrics = body(state)
             return state, jax.tree.map(lambda value: value[None], metrics)
 
-        @functools.partial(jax.jit, static_argnums=4, donate_argnums=0)
+        @functools.partial(jax.jit, static_argnums=4, donate_argnums=0, keep_unused=True)
         def steps(
             state: TrainState, images: jax.Array, labels: jax.Array, order: jax.Array, count: int
         ) -> tuple[TrainState, Metrics]:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swat_jax import native
+from swat_jax import data, native, step
 from tests.models.test_packing import NETWORKS, SHAPE, build, loss_of
+from tests.runs import digits
 
 pytestmark = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
 
@@ -63,3 +64,20 @@ def test_bfloat16_loss_is_close_on_both_backends(monkeypatch):
         x = jax.random.normal(jax.random.key(1), SHAPE, jnp.bfloat16)
         losses.append(float(jax.jit(functools.partial(loss_of, graph))(rest, x, params)[0]))
     assert losses[0] == pytest.approx(losses[1], rel=0.05, abs=0.05)
+
+
+def test_thresholds_that_are_shared_survive_in_a_state_that_is_used_up():
+    """The conv of a shortcut shares its threshold with another; the state is donated."""
+    config = digits("u90", sparsity__threshold_every_steps=10, batch_size=64)
+    dataset = data.load(config)
+    trainer, make_state = step.make_trainer(config, dataset.info, step.make_mesh(1))
+    state = make_state()
+    batch = next(dataset.train(0))
+    images, labels = step.put_batch(trainer, batch["image"], batch["label"])
+    for _ in range(3):
+        state, _ = trainer.train_step(state, images, labels)
+    thresholds = [float(leaf[0]) for leaf in jax.tree.leaves(state["activation_thresholds"])]
+    assert min(thresholds) > 0
+    for path, (_, zeros, dropped) in trainer.measure(state, images, labels).items():
+        assert path == "stem" or zeros > 0.85, path
+        assert dropped == 0, path
