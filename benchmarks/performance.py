@@ -214,7 +214,7 @@ def present_section(found: dict[str, Any]) -> str:
         lines.append(f"| {row['part']} | {row['before_ms']:.2f} | {row['after_ms']:.2f} |")
     lines += [
         "",
-        "Deeper queues of loads brought `pack` from 0.33 to 0.28 ms; rounds that may wait, to 0.27,",
+        "Deeper queues of loads brought `pack` from 0.33 to 0.28 ms; rounds that wait, to 0.27,",
         "and with the norm from 0.46 to 0.41. Without effect: writing what was packed without",
         "branches, and the ranks of eight tiles side by side.",
     ]
