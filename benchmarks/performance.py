@@ -14,6 +14,15 @@ RESULTS = ROOT / "docs/results"
 # Share of the copy rate that is asked for at the largest size.
 MARKS = {"threshold": 0.6}
 DEFAULT_MARK = 0.7
+# Peak memory of u90 that is asked for, of dense.
+MEMORY_MARKS = {
+    "imagenet_resnet50": 0.62,
+    "imagenet_wrn50_2": 0.65,
+    "cifar10_wrn16_8": 0.64,
+    "cifar10_resnet18": 0.68,
+    "cifar10_vgg16": 0.74,
+    "cifar10_densenet121": 0.66,
+}
 NOT_OURS = ("copy", "jnp.sort", "jax.lax.top_k")
 
 
@@ -116,6 +125,34 @@ def steps_section(found: dict[str, Any]) -> str:
             *("" if row[key] is None else f"{row[key]:.0f}" for key in memory),
         )
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def kept_section(found: dict[str, Any]) -> str:
+    lines = [
+        "### What has to be kept",
+        "",
+        "Counted by `python benchmarks/kept.py`: what layers keep for their backward passes, in",
+        "bfloat16, and with weights and momentum in float32 what a peak cannot go below.",
+        "",
+        "| network, batch | method | activations MiB | masked weights | with state | of dense | mark |",
+        "|---|---|---:|---:|---:|---:|---|",
+    ]
+    for row in found["kept"]:
+        whole = sum(row[part] for part in ("activations_mib", "weights_mib", "state_mib"))
+        mark = (
+            MEMORY_MARKS[row["network"]] if row["method"] == "u90" and row["batch"] > 128 else None
+        )
+        cells = (
+            f"{row['network']}, {row['batch']}",
+            row["method"],
+            f"{row['activations_mib']:.0f}",
+            f"{row['weights_mib']:.0f}",
+            f"{whole:.0f}",
+            f"{row['memory_ratio']:.2f}",
+            "" if mark is None else f"{mark:.2f}",
+        )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -233,6 +270,8 @@ def main() -> None:
         steps_section(read("steps")),
         "",
         STEP_MISSES,
+        kept_section(json.loads((RESULTS / "kept.json").read_text())),
+        "",
         profile_section(read("step_profile")),
         ops_section(read("ops")),
         "",

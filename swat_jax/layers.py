@@ -215,13 +215,16 @@ class _SwatLayer(nnx.Module):
                 limit = kernels.threshold(x, activation_keep)
             masked = granularities.masked_weights(kernel, self.granularity, weight_limit)
             kept = top_k.mask(x, limit)
-            dropped = jnp.uint32(0)
+            dropped = jnp.float32(0)
             if given.packed is not None:
-                dropped = given.packed.overflow
-            elif "capacity" in selection:
-                wanted, room = jnp.sum(kept, dtype=jnp.uint32), jnp.uint32(selection["capacity"])
-                dropped = jnp.maximum(wanted, room) - room
-            found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped.astype(jnp.float32)]
+                # A budget that has outgrown its room was cut before anything was dropped.
+                high, low = (word.astype(jnp.float32) for word in top_k.words(activation_keep))
+                lacking = jnp.maximum(high * 2.0**32 + low - given.packed.values.size, 0)
+                dropped = given.packed.overflow + lacking
+            elif room := selection.get("capacity", 0):
+                wanted = jnp.sum(kept, dtype=jnp.uint32)
+                dropped = (jnp.maximum(wanted, room) - jnp.uint32(room)).astype(jnp.float32)
+            found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped]
             self.measured_sparsity = nnx.data(MeasuredSparsity(jnp.stack(found)))
         return selection
 

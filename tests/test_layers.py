@@ -20,6 +20,7 @@ from swat_jax.layers import (
     WeightBudget,
     WeightThreshold,
 )
+from swat_jax.norm_relu import branch
 from tests import oracle
 from tests.strategies import Grid
 
@@ -517,6 +518,20 @@ def test_measured_are_values_that_found_no_room():
     layer(x)
     (measured,) = jax.tree.leaves(nnx.state(layer, MeasuredSparsity))
     assert measured[2] == x.size - layer.activation_capacity(x.size)
+
+
+@pytest.mark.parametrize("announced", [True, False])
+def test_measured_is_a_budget_that_has_outgrown_its_room(announced):
+    layer = conv_layer(pack=True)
+    layer.set_sparsity(weight_sparsity=0.9, activation_sparsity=0.9, dynamic_budget=True)
+    layer.measure = True
+    held(layer.weight_budget)[...] = jnp.int32(K_SIZE // 2)
+    x = jax.random.normal(jax.random.key(0), X_SHAPE)
+    lacking = x.size // 2 - layer.activation_capacity(x.size)
+    assert lacking > 0
+    layer(branch(x, readers=[layer]).readers[0] if announced else x)
+    (measured,) = jax.tree.leaves(nnx.state(layer, MeasuredSparsity))
+    assert measured[2] == lacking
 
 
 # ---------- Refusals ----------
