@@ -132,10 +132,10 @@ def kept_section(found: dict[str, Any]) -> str:
     lines = [
         "### What has to be kept",
         "",
-        "Counted by `python benchmarks/kept.py`: what layers keep for their backward passes, in",
+        "MiB, by `python benchmarks/kept.py`: what layers keep for their backward passes, in",
         "bfloat16, and with weights and momentum in float32 what a peak cannot go below.",
         "",
-        "| network, batch | method | activations MiB | masked weights | with state | of dense | mark |",
+        "| network, batch | method | activations | masked weights | with state | of dense | mark |",
         "|---|---|---:|---:|---:|---:|---|",
     ]
     for row in found["kept"]:
