@@ -6,8 +6,8 @@ what an op reads a second time. Two things are left out:
 
 * Scratch. It is a result like any other, but nobody takes it out of the tuple of results, so a
   result that no instruction reads counts nothing.
-* The tensor of a stored threshold (a `threshold` whose result takes the place of an operand) in a
-  step that reuses it: the kernel ends before it reads any.
+* The tensor of a stored threshold (a `threshold` whose third operand, the flag that says whether it
+  is made anew, is no constant) in a step that reuses it: the kernel ends before it reads any.
 
 Room for packed values counts as full, which it nearly is: 5 % are spare.
 """
@@ -125,10 +125,20 @@ class Program:
           refresh: whether the step recomputes stored thresholds.
         """
         call = self.instructions[name]
-        is_state = "output_to_operand_aliasing=" in call.rest
-        if self.kind(name) == "threshold" and is_state and not refresh:
+        is_state = self.kind(name) == "threshold" and not self._is_constant(call.operands[2])
+        if is_state and not refresh:
             return sum(self._results(name, call))
         return sum(map(self._bytes, call.operands)) + sum(self._results(name, call))
+
+    def _is_constant(self, name: str) -> bool:
+        """Whether a value is the same in every step: a constant, or a copy or broadcast of one."""
+        while (found := self.instructions.get(name)) is not None:
+            if found.opcode == "constant":
+                return True
+            if found.opcode not in ("copy", "bitcast", "broadcast", "reshape"):
+                return False
+            name = found.operands[0]
+        return False
 
     def _results(self, name: str, call: Instruction) -> list[int]:
         """Bytes of the results that somebody reads."""

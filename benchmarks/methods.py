@@ -40,5 +40,7 @@ METHODS: dict[str, Method] = {
     "u90": Method("u90"),
     "u90 exact": Method("u90", _EXACT),
     "erk90": Method("erk90"),
+    "erk90 exact": Method("erk90", _EXACT),
     "channel70": Method("channel70"),
+    "channel70 exact": Method("channel70", _EXACT),
 }

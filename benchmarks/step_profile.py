@@ -94,7 +94,7 @@ def record(network: str, name: str, settings: dict[str, Any], steps: int, refres
         found = launches(folder)
     return {
         "method": name,
-        "threshold_every_steps": measured.config.sparsity.threshold_every_steps,
+        "threshold_every_steps": measured.period,
         "refresh": refresh,
         "wall_ms": wall,
         "traced_steps": steps,

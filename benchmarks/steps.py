@@ -13,6 +13,8 @@ find its choices in a common cache.
 
 The time of a step at period P is ``((P - 1) * reused + refreshed) / P``. Both are medians over
 several stretches of steps, and the least of all rounds; ratios are to dense in the same group.
+Steps that reuse thresholds are timed soon after a refresh: in a run of a long period thresholds
+drift further, and more tensors are refreshed early.
 Memory is told in four ways: what the allocator saw at most (`peak_mib`, without the batches that
 wait), what XLA plans for arguments, results and everything between (`xla_mib`), of that what lives
 inside a step (`temporary_mib`), and what layers keep for their backward passes (`kept_mib`).
@@ -68,7 +70,7 @@ def measure(network: str, method: str, steps: int) -> None:
     measured = training_step.make_method(network, METHODS[method])
     with training_step.apart(METHODS[method]):
         backend = kernels.backend()
-    period = measured.config.sparsity.threshold_every_steps
+    period = measured.period
     measured.milliseconds(2, refresh=True)
     name, batch = network.split(":")
     library = native.load().build_info if backend == "cuda" else {}

@@ -28,6 +28,7 @@ from swat_jax.sparsity import top_k
 # Steps take these in turn: thresholds that are reused would drift on images that are always the
 # same, since the network learns them by heart.
 BATCHES = 8
+NEVER = 10**9  # a period after which nobody waits
 BLOCKS: tuple[Any, ...] = (BasicBlock, Bottleneck, WideBlock, DenseLayer, Transition)
 
 
@@ -36,7 +37,8 @@ class TrainingStep:
     """A compiled step with its state, which `run` moves on.
 
     Attributes:
-      config: as it was compiled.
+      config: as it was compiled; thresholds are refreshed where `run` is told to only.
+      period: number of steps between exact thresholds that the config asked for.
       info: what the images are.
       compiled: the program.
       state: a training state; None where the step is only compiled.
@@ -49,6 +51,7 @@ class TrainingStep:
     compiled: Any
     state: Any
     batches: tuple[tuple[jax.Array, jax.Array], ...]
+    period: int
     done: int = 0
 
     def run(self, *, refresh: bool = False) -> None:
@@ -120,6 +123,9 @@ def make(
     config: Any = config_file.load(f"configs/{name}.py:{method}")
     config.batch_size, config.precision = batch, precision
     config.update_from_flattened_dict(dict(settings or {}))
+    period = config.sparsity.threshold_every_steps
+    if period > 1:  # steps are timed apart, those that refresh and those that do not
+        config.sparsity.threshold_every_steps = NEVER
     size, classes = (224, 1000) if name.startswith("imagenet") else (32, 10)
     info = Info(
         name="synthetic", num_classes=classes, image_shape=(size, size, 3),
@@ -133,7 +139,7 @@ def make(
         images: Any = jax.ShapeDtypeStruct(shape, np.uint8)
         labels: Any = jax.ShapeDtypeStruct((batch,), np.int32)
         compiled = train_step.lower(jax.eval_shape(make_state), images, labels).compile()
-        return TrainingStep(config, info, compiled, None, ())
+        return TrainingStep(config, info, compiled, None, (), period)
     rng = np.random.default_rng(0)
     batches = tuple(
         step.put_batch(
@@ -145,7 +151,7 @@ def make(
     )
     state = make_state()
     compiled = train_step.lower(state, *batches[0]).compile()
-    return TrainingStep(config, info, compiled, state, batches)
+    return TrainingStep(config, info, compiled, state, batches, period)
 
 
 @contextlib.contextmanager

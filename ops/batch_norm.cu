@@ -252,7 +252,7 @@ ffi::Error statistics(cudaStream_t stream, ffi::AnyBuffer x, ffi::Result<ffi::An
   SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "mean", *mean));
   SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "variance", *variance));
   SWAT_RETURN_IF_ERROR(
-      check(kOp, "scratch", *scratch, ffi::U32, batch * Cut::words(rows, channels)));
+      check(kOp, "scratch", *scratch, ffi::U32, batch * Cut::words(rows, channels), sizeof(float2)));
   return with_type(kOp, "x", problems.type, [&](auto example) {
     using T = decltype(example);
     for (int64_t b = 0; b < batch; ++b) {
@@ -293,7 +293,7 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
   SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "sum", *sum));
   SWAT_RETURN_IF_ERROR(problems.check_vector(kOp, "sum_normalized", *sum_normalized));
   SWAT_RETURN_IF_ERROR(
-      check(kOp, "scratch", *scratch, ffi::U32, batch * Cut::words(rows, channels)));
+      check(kOp, "scratch", *scratch, ffi::U32, batch * Cut::words(rows, channels), sizeof(float2)));
   return with_type(kOp, "x", problems.type, [&](auto example) {
     using T = decltype(example);
     for (int64_t b = 0; b < batch; ++b) {

@@ -80,8 +80,8 @@ __device__ __forceinline__ void load_coefficients(const float* from, const Remai
 // ---- Sums over rows ----------------------------------------------------------------------------
 
 // How a (rows, channels) tensor is cut for column sums: a block takes `lanes` groups of V channels
-// and one row group in every `chunks`. The cut depends on the shape alone, so sums have the same
-// bits on every device.
+// and one row group in every `chunks`. The cut depends on the shape and on whether the tensor is
+// aligned, so sums have the same bits on every device.
 struct Cut {
   int64_t rows, channels;
   int width;  // V

@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = rows.last(y); r >= first_row; --r) {
       for (int c = last_column; c >= first_column; --c) {
         const int64_t at =
-            ((image * rows.results + r) * columns.results + c) * channels + group * V;
+            ((image * rows.results + r) * columns.results + c) * channels +
+            static_cast<int64_t>(group) * V;
         const uint32_t position =
             static_cast<uint32_t>(rows.position(y, r) * columns.window + columns.position(x, c));
         const Winners<V> won = *reinterpret_cast<const Winners<V>*>(winner + at);

@@ -25,7 +25,14 @@ template <typename T, int kGroups>
 constexpr int kSpan = kSteps<T, kGroups> * kTile;
 constexpr int kLeastSpan = kSpan<float, 1>;  // _SPAN in swat_jax/kernels.py
 constexpr int kMostSteps = 8;
-constexpr unsigned kMostBlocks = 2 * kThreads;  // of a grid that packs: two counts for a thread
+// Blocks of a grid that packs: two counts for a thread. Few of them make many rounds of few values,
+// for tests.
+#ifdef SWAT_JAX_MOST_BLOCKS
+constexpr unsigned kMostBlocks = SWAT_JAX_MOST_BLOCKS;
+#else
+constexpr unsigned kMostBlocks = 2 * kThreads;
+#endif
+static_assert(kMostBlocks <= 2 * kThreads);
 template <typename T, int kGroups>
 __host__ __device__ int64_t spans_of(int64_t n) {
   return (n + kSpan<T, kGroups> - 1) / kSpan<T, kGroups>;

@@ -11,7 +11,7 @@ from swat_jax import functional
 
 
 class Dropout(nnx.Dropout):
-    """`flax.nnx.Dropout` with the same arguments and results, made of `functional.dropout`."""
+    """`flax.nnx.Dropout` of floats, with the same results, for reverse-mode differentiation."""
 
     def __call__(
         self, inputs: jax.Array, *, deterministic: bool | None = None, rngs: Any = None

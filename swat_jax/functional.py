@@ -685,6 +685,8 @@ _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     """Dropout that keeps one bit per value for its backward pass.
 
+    The key alone would be less to keep, but to draw again costs more than to read a bit.
+
     Args:
       x: floats of any shape.
       key: what the mask is drawn from; of the same key `flax.nnx.Dropout` draws the same mask.

@@ -181,7 +181,7 @@ def select(x: jax.Array, selection: Selection) -> tuple[Packed, jax.Array]:
         assert selection.stored is not None
         least = functools.reduce(jnp.fmin, selection.stored)
         kept = jnp.sum(top_k.mask(x, least), dtype=jnp.uint32)
-        is_refresh |= kept > selection.capacity
+        is_refresh |= kept > jnp.uint32(selection.capacity)
 
     def limit(reader: int) -> jax.Array:
         keep = counts[reader]

@@ -194,14 +194,27 @@ class _SwatLayer(nnx.Module):
             if given.filters:
                 selection["activation_threshold"] = given.threshold
         else:
-            if self.activation_threshold is None:
+            stored = self.activation_threshold
+            if stored is None:
                 selection["activation_keep"] = activation_keep
-            else:
-                selection["activation_threshold"] = self._refresh(
-                    self.activation_threshold, x, activation_keep
+                if self.packs:
+                    selection["capacity"] = self.activation_capacity(x.size)
+            elif self.packs and self.threshold_age is not None:
+                # One that would keep more than fits is refreshed early.
+                packed, limits = kernels.select(
+                    x,
+                    kernels.Selection(
+                        keep=jnp.stack(top_k.words(activation_keep))[None],
+                        capacity=self.activation_capacity(x.size),
+                        is_refresh=self.threshold_age[...] == 0,
+                        stored=stored[...][None],
+                    ),
                 )
-            if self.packs:
-                selection["capacity"] = self.activation_capacity(x.size)
+                stored[...] = limits[0]
+                selection["packed"] = packed
+                given = Activation(given.x, packed, limits[0])
+            else:
+                selection["activation_threshold"] = self._refresh(stored, x, activation_keep)
         if self.threshold_age is not None:
             self.threshold_age[...] = (self.threshold_age[...] + 1) % self.threshold_every_steps
         if self.measure:
@@ -220,10 +233,14 @@ class _SwatLayer(nnx.Module):
                 # A budget that has outgrown its room was cut before anything was dropped.
                 high, low = (word.astype(jnp.float32) for word in top_k.words(activation_keep))
                 lacking = jnp.maximum(high * 2.0**32 + low - given.packed.values.size, 0)
-                dropped = given.packed.overflow + lacking
+                held = top_k.mask(kernels.unpack(given.packed), limit)
+                wanted, held = (jnp.sum(flags, dtype=jnp.uint32) for flags in (kept, held))
+                dropped = (wanted - held).astype(jnp.float32) + lacking
             elif room := selection.get("capacity", 0):
                 wanted = jnp.sum(kept, dtype=jnp.uint32)
-                dropped = (jnp.maximum(wanted, room) - jnp.uint32(room)).astype(jnp.float32)
+                dropped = (jnp.maximum(wanted, jnp.uint32(room)) - jnp.uint32(room)).astype(
+                    jnp.float32
+                )
             found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped]
             self.measured_sparsity = nnx.data(MeasuredSparsity(jnp.stack(found)))
         return selection

@@ -217,6 +217,7 @@ class _Report:
     final_loss: float | None = None
     flop_reduction: float = 0.0  # sum over the measurements, percent
     measurements: int = 0
+    dropped: float = 0.0  # the most in any measurement
 
 
 def _position(trainer: Trainer, report: _Report) -> dict[str, Any]:
@@ -269,6 +270,7 @@ def _evaluate_epoch(
     measured = _measure(trainer, state, feed)
     report.flop_reduction += measured.flop_reduction
     report.measurements += 1
+    report.dropped = max(report.dropped, measured.dropped)
     return scores | {
         "weight_sparsity": measured.weight_sparsity,
         "activation_sparsity": measured.activation_sparsity,
@@ -312,7 +314,7 @@ class _Measured:
     layers: dict[str, dict[str, float]]
     weight_sparsity: float
     activation_sparsity: float
-    dropped: float  # values that had to be kept but found no room, on a device
+    dropped: float  # values that had to be kept but found no room, summed over layers
     flop_reduction: float
 
 
@@ -366,7 +368,7 @@ def _final(
         "final_loss": report.final_loss,
         "weight_sparsity": zeros / weights,
         "activation_sparsity": measured.activation_sparsity,
-        "dropped_activations": measured.dropped,
+        "dropped_activations": max(report.dropped, measured.dropped),
         "training_flop_reduction": report.flop_reduction / max(report.measurements, 1),
         "planned_training_flop_reduction": flops.training_flop_reduction(
             trainer.layer_table, planned.weight, planned.activation

@@ -105,9 +105,11 @@ HloModule jit_body, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f3
   ROOT %convolution.1 = bf16[64,8]{1,0} convolution(%param_0, %param_0), dim_labels=bf_io->bf
 }
 
-ENTRY %main.9 (x.1: bf16[64,8], stored: f32[]) -> (bf16[64,8], f32[]) {
+ENTRY %main.9 (x.1: bf16[64,8], stored: f32[], refresh: pred[]) -> (bf16[64,8], f32[]) {
   %x.1 = bf16[64,8]{1,0} parameter(0), metadata={op_name="jit(body)/(x)"}
   %stored = f32[] parameter(1)
+  %refresh = pred[] parameter(2)
+  %keep = u32[2]{0} constant({0, 51})
   %flag = pred[] constant(true)
   %conv.1 = bf16[64,8]{1,0} fusion(bf16[64,8]{1,0} %x.1), kind=kCustom, calls=%fused_computation
   %conv.2 = (bf16[64,8]{1,0}, u8[900]{0}) custom-call(%x.1), custom_call_target="__cudnn$convForward"
@@ -115,8 +117,8 @@ ENTRY %main.9 (x.1: bf16[64,8], stored: f32[]) -> (bf16[64,8], f32[]) {
 custom_call_target="swat_jax_batch_norm_relu", backend_config={mode = 2 : i64}
   %made = bf16[64,8]{1,0} get-tuple-element(%relu.1), index=0
   %bits = u32[16]{0} get-tuple-element(%relu.1), index=2
-  %limit = (f32[], u32[500]{0}) custom-call(%x.1, %stored), custom_call_target="swat_jax_threshold", \
-output_to_operand_aliasing={{0}: (1, {})}, api_version=API_VERSION_TYPED_FFI
+  %limit = (f32[], u32[500]{0}) custom-call(%x.1, %keep, %refresh, %stored), \
+custom_call_target="swat_jax_threshold", api_version=API_VERSION_TYPED_FFI
   %limit.1 = f32[] get-tuple-element(%limit), index=0
   %unpack.1 = bf16[512]{0} custom-call(%bits, %limit.1), custom_call_target="swat_jax_unpack"
   %copy.1 = bf16[64,8]{1,0} copy(%made)
@@ -138,7 +140,7 @@ def test_kinds_and_bytes_of_a_compiled_program(load):
     # Input and flag, result and bitmap; the last result is scratch.
     assert program.moved_bytes("relu.1", refresh=False) == 1024 + 1 + 1024 + 64
     assert program.moved_bytes("unpack.1", refresh=False) == 64 + 4  # nobody reads its result
-    assert program.moved_bytes("limit", refresh=True) == 1024 + 4 + 4
+    assert program.moved_bytes("limit", refresh=True) == 1024 + 8 + 1 + 4 + 4
     assert program.moved_bytes("limit", refresh=False) == 4  # it is reused
 
 
