@@ -168,6 +168,12 @@ class _SwatLayer(nnx.Module):
             keep = min(_DYNAMIC_ROOM * keep, math.ceil((1 - LEAST_PACKED_SPARSITY) * size))
         return packing.capacity(keep, size)
 
+    def keep_threshold(self, limit: jax.Array) -> None:
+        """Takes the threshold that its input was packed with, if it reuses thresholds."""
+        if self.activation_threshold is not None:
+            stored = self.activation_threshold[...]
+            self.activation_threshold[...] = limit.astype(stored.dtype)
+
     def _selection(self, given: Activation, x: jax.Array, kernel: jax.Array) -> dict[str, Any]:
         """The arguments that say to `functional` what is kept, after a refresh if one is due.
 
@@ -194,27 +200,17 @@ class _SwatLayer(nnx.Module):
             if given.filters:
                 selection["activation_threshold"] = given.threshold
         else:
-            stored = self.activation_threshold
-            if stored is None:
-                selection["activation_keep"] = activation_keep
-                if self.packs:
-                    selection["capacity"] = self.activation_capacity(x.size)
-            elif self.packs and self.threshold_age is not None:
-                # One that would keep more than fits is refreshed early.
-                packed, limits = kernels.select(
-                    x,
-                    kernels.Selection(
-                        keep=jnp.stack(top_k.words(activation_keep))[None],
-                        capacity=self.activation_capacity(x.size),
-                        is_refresh=self.threshold_age[...] == 0,
-                        stored=stored[...][None],
-                    ),
-                )
-                stored[...] = limits[0]
+            if self.packs:
+                packed, limits = kernels.select(x, selection_for([self], [activation_keep], x))
+                self.keep_threshold(limits[0])
                 selection["packed"] = packed
                 given = Activation(given.x, packed, limits[0])
+            elif self.activation_threshold is None:
+                selection["activation_keep"] = activation_keep
             else:
-                selection["activation_threshold"] = self._refresh(stored, x, activation_keep)
+                selection["activation_threshold"] = self._refresh(
+                    self.activation_threshold, x, activation_keep
+                )
         if self.threshold_age is not None:
             self.threshold_age[...] = (self.threshold_age[...] + 1) % self.threshold_every_steps
         if self.measure:
@@ -236,11 +232,6 @@ class _SwatLayer(nnx.Module):
                 held = top_k.mask(kernels.unpack(given.packed), limit)
                 wanted, held = (jnp.sum(flags, dtype=jnp.uint32) for flags in (kept, held))
                 dropped = (wanted - held).astype(jnp.float32) + lacking
-            elif room := selection.get("capacity", 0):
-                wanted = jnp.sum(kept, dtype=jnp.uint32)
-                dropped = (jnp.maximum(wanted, jnp.uint32(room)) - jnp.uint32(room)).astype(
-                    jnp.float32
-                )
             found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped]
             self.measured_sparsity = nnx.data(MeasuredSparsity(jnp.stack(found)))
         return selection
@@ -250,6 +241,28 @@ class _SwatLayer(nnx.Module):
         is_refresh = self.threshold_age[...] == 0
         stored[...] = kernels.refreshed_threshold(is_refresh, x, keep, stored[...])
         return stored[...]
+
+
+def selection_for(
+    readers: Sequence[Any], keeps: Sequence[Count], x: jax.Array
+) -> kernels.Selection:
+    """What is packed of ``x`` for SWAT layers that all reuse their thresholds, or none of them.
+
+    Args:
+      readers: the layers, one or two.
+      keeps: how many values each of them keeps.
+      x: their input.
+    """
+    first = readers[0]
+    reuses = first.activation_threshold is not None
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    stored = [reader.activation_threshold[...] for reader in readers] if reuses else None
+    return kernels.Selection(
+        keep=jnp.stack([jnp.stack(top_k.words(keep)) for keep in keeps]),
+        capacity=max(reader.activation_capacity(x.size) for reader in readers),
+        is_refresh=first.threshold_age[...] == 0 if reuses else None,
+        stored=jnp.stack(stored).astype(wide) if stored else None,
+    )
 
 
 class _Bound:

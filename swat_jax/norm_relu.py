@@ -16,8 +16,7 @@ from jax import lax
 
 from swat_jax import functional, kernels
 from swat_jax.activations import Activation, Branches
-from swat_jax.layers import SwatConv, SwatLinear
-from swat_jax.sparsity import top_k
+from swat_jax.layers import SwatConv, SwatLinear, selection_for
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.top_k import Count
 
@@ -140,8 +139,7 @@ class _Choice:
     """
 
     def __init__(self, readers: Sequence[Any], x: jax.Array) -> None:
-        self.size = x.size
-        self.wide = jnp.promote_types(x.dtype, jnp.float32)
+        self.x = x
         self.readers = readers
         self.keeps: list[Count] = []
         self.served: list[Any] = []  # for every count the first reader that asked for it
@@ -149,17 +147,7 @@ class _Choice:
 
     def selection(self) -> kernels.Selection | None:
         """What `batch_norm_relu` is to pack, or None."""
-        if not self.keeps:
-            return None
-        first = self.served[0]
-        reuses = first.activation_threshold is not None
-        stored = [reader.activation_threshold[...] for reader in self.served] if reuses else None
-        return kernels.Selection(
-            keep=jnp.stack([jnp.stack(top_k.words(keep)) for keep in self.keeps]),
-            capacity=max(reader.activation_capacity(self.size) for reader in self.served),
-            is_refresh=first.threshold_age[...] == 0 if reuses else None,
-            stored=jnp.stack(stored).astype(self.wide) if stored else None,
-        )
+        return selection_for(self.served, self.keeps, self.x) if self.keeps else None
 
     def activations(
         self, copies: Sequence[jax.Array], packed: Packed | None, thresholds: Any
@@ -172,9 +160,7 @@ class _Choice:
                 found.append(Activation(copy))
                 continue
             limit = lax.stop_gradient(thresholds[position])
-            if reader.activation_threshold is not None:
-                stored = reader.activation_threshold[...]
-                reader.activation_threshold[...] = limit.astype(stored.dtype)
+            reader.keep_threshold(limit)
             found.append(Activation(copy, packed, limit, filters=len(self.keeps) > 1))
         return tuple(found)
 
@@ -185,7 +171,7 @@ class _Choice:
             first = self.served[0]
             if (reader.activation_threshold is None) != (first.activation_threshold is None):
                 return None
-        keep = reader.activation_keep(self.size)
+        keep = reader.activation_keep(self.x.size)
         if isinstance(keep, int) and keep in [k for k in self.keeps if isinstance(k, int)]:
             return self.keeps.index(keep)
         if len(self.keeps) == 2:
