@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from steps import NETWORKS
 
-from swat_jax import config_file, flops, kept_bytes
+from swat_jax import config_file, flops
 
 METHODS = ("dense", "u80", "u90")
 MIB = 2**20
@@ -24,23 +24,18 @@ MIB = 2**20
 def count(network: str) -> list[dict[str, Any]]:
     """A row for every method."""
     name, batch = network.split(":")
-    size, classes = (224, 1000) if name.startswith("imagenet") else (32, 10)
-    facts: Any = {"num_classes": classes, "image_shape": (size, size, 3)}
     rows = []
     for method in METHODS:
-        config: Any = config_file.load(
-            f"configs/{name}.py:{'u90' if method == 'dense' else method}"
-        )
+        config: Any = config_file.load(f"configs/{name}.py:{method}")
         config.precision = "bfloat16"
-        counted = kept_bytes.dense if method == "dense" else kept_bytes.swat
-        kept = counted(config, **facts, batch_size=int(batch))
-        weights = {row.path: row.weights for row in flops.network_table(config.model.name, **facts)}
+        kept = flops.bytes_report(config, int(batch))["dense" if method == "dense" else "swat"]
+        weights = {layer.path: layer.weights for layer in flops.config_table(config)}
         rows.append({
             "network": name,
             "batch": int(batch),
             "method": method,
-            "activations_mib": sum(layer.activations for layer in kept) / MIB,
-            "weights_mib": sum(layer.weights for layer in kept) / MIB,
+            "activations_mib": kept["activations"] / MIB,
+            "weights_mib": kept["weights"] / MIB,
             "state_mib": 2 * 4 * sum(weights.values()) / MIB,
         })  # fmt: skip
     for row in rows:

@@ -26,6 +26,11 @@ MEMORY_MARKS = {
 NOT_OURS = ("copy", "jnp.sort", "jax.lax.top_k")
 
 
+def line_of(*cells: Any) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
 def ops_section(found: dict[str, Any]) -> str:
     rows = found["ops"]
     largest = max(row["values"] for row in rows)
@@ -111,7 +116,7 @@ def steps_section(found: dict[str, Any]) -> str:
         ]
     heads = ("network, batch", "method", "P", "ms", "of dense", "images/s", "peak MiB", "of dense")
     heads += tuple(memory.values())
-    lines += [f"| {' | '.join(heads)} |", "|---|---|" + "---:|" * (len(heads) - 2)]
+    lines += [line_of(*heads), "|---|---|" + "---:|" * (len(heads) - 2)]
     for row in found["steps"]:
         cells = (
             f"{row['network']}, {row['batch']}",
@@ -124,7 +129,7 @@ def steps_section(found: dict[str, Any]) -> str:
             f"{row['memory_ratio']:.2f}",
             *("" if row[key] is None else f"{row[key]:.0f}" for key in memory),
         )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines.append(line_of(*cells))
     return "\n".join(lines)
 
 
@@ -143,16 +148,17 @@ def kept_section(found: dict[str, Any]) -> str:
         mark = (
             MEMORY_MARKS[row["network"]] if row["method"] == "u90" and row["batch"] > 128 else None
         )
-        cells = (
-            f"{row['network']}, {row['batch']}",
-            row["method"],
-            f"{row['activations_mib']:.0f}",
-            f"{row['weights_mib']:.0f}",
-            f"{whole:.0f}",
-            f"{row['memory_ratio']:.2f}",
-            "" if mark is None else f"{mark:.2f}",
+        lines.append(
+            line_of(
+                f"{row['network']}, {row['batch']}",
+                row["method"],
+                f"{row['activations_mib']:.0f}",
+                f"{row['weights_mib']:.0f}",
+                f"{whole:.0f}",
+                f"{row['memory_ratio']:.2f}",
+                "" if mark is None else f"{mark:.2f}",
+            )
         )
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -238,7 +244,7 @@ def present_section(found: dict[str, Any]) -> str:
         "|---|---:|---:|",
     ]
     for row in found["ops"]:
-        lines.append(f"| {row['op']} | {row['ms']:.3f} | {row['share_of_copy']:.0%} |")
+        lines.append(line_of(row["op"], f"{row['ms']:.3f}", f"{row['share_of_copy']:.0%}"))
     lines += [
         "",
         f"{found['network']}: ms of a step without CUDA graphs, before and after the sums",
@@ -249,7 +255,7 @@ def present_section(found: dict[str, Any]) -> str:
         "|---|---:|---:|",
     ]
     for row in found["step"]:
-        lines.append(f"| {row['part']} | {row['before_ms']:.2f} | {row['after_ms']:.2f} |")
+        lines.append(line_of(row["part"], f"{row['before_ms']:.2f}", f"{row['after_ms']:.2f}"))
     lines += [
         "",
         "Deeper queues of loads brought `pack` from 0.33 to 0.28 ms; rounds that wait, to 0.27,",
