@@ -72,8 +72,7 @@ constexpr size_t shared_bytes() {
   return std::max(V == 1 ? 0 : Streams<T, kStreams>::kBytes, sizeof(ColumnScratch<V>));
 }
 
-// Mean and variance from sums of (x - shift) and its square, where the shift is near the mean: the
-// mean of four rows. Without it the difference of two large numbers would lose the variance.
+// What is near the mean of a channel: the mean of four rows.
 template <typename T>
 struct Shift {
   const T* x;
@@ -85,6 +84,8 @@ struct Shift {
   }
 };
 
+// Mean and variance come from sums of (x - shift) and its square. Without the shift the difference
+// of two large numbers would lose the variance.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 3)
     statistics_kernel(const T* x, int64_t rows, int64_t channels, int lanes, float2* partial) {

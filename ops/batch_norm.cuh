@@ -119,13 +119,13 @@ struct Cut {
   dim3 grid() const { return dim3(static_cast<unsigned>(chunks), static_cast<unsigned>(columns)); }
 };
 
-// Adds up two sums per channel over the rows of a block. `first` and `second` are this thread's, for
-// its V channels; `scratch` is shared.
 template <int V>
 struct ColumnScratch {
   float sums[2][kThreads * V];
 };
 
+// Adds up two sums per channel over the rows of a block. `first` and `second` are this thread's, for
+// its V channels; `scratch` is shared.
 template <int V>
 __device__ void sum_columns(const float (&first)[V], const float (&second)[V], int lanes,
                             int64_t channels, float2* partial, ColumnScratch<V>& scratch) {

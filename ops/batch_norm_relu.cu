@@ -48,13 +48,7 @@ struct Normalize {
   }
   __device__ void keep(const Octet<T>& octet, int64_t i, bool whole = false) const {
     store(octet, y, i, n, wide, whole);
-    if (positive == nullptr) return;
-    const uint32_t flags = positive_flags(octet);
-    if (whole) {
-      reinterpret_cast<uint8_t*>(positive)[static_cast<uint64_t>(i) / kOctet] = static_cast<uint8_t>(flags);
-    } else {
-      store_bits(positive, i, n, flags);
-    }
+    if (positive != nullptr) store_bits(positive, i, n, positive_flags(octet), whole);
   }
 
  private:
@@ -201,7 +195,6 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
         selection.ranks.words =
             static_cast<const uint32_t*>(keep.untyped_data()) + 2 * b * selections;
         selection.ranks.count = static_cast<int>(selections);
-        selection.ranks.most = static_cast<uint32_t>(shape.capacity);
         if (mode == kByFlag) {
           selection.refresh = static_cast<const uint8_t*>(refresh.untyped_data()) + b;
           selection.stored = static_cast<const float*>(stored.untyped_data()) + b * selections;

@@ -62,11 +62,13 @@ inline bool is_wide(const void* pointer) {
 inline int64_t bitmap_words(int64_t n) { return (n + 31) / 32; }
 
 // The bits of the octet at i, below n; those of the last octet with zeros to the end of its word.
-__device__ __forceinline__ void store_bits(uint32_t* bitmap, int64_t i, int64_t n, uint32_t bits) {
-  if (i >= n) return;
+// `whole`: it is known to be there, and not the last of its word's tail.
+__device__ __forceinline__ void store_bits(uint32_t* bitmap, int64_t i, int64_t n, uint32_t bits,
+                                           bool whole = false) {
+  if (!whole && i >= n) return;
   uint8_t* bytes = reinterpret_cast<uint8_t*>(bitmap);
   bytes[static_cast<uint64_t>(i) / kOctet] = static_cast<uint8_t>(bits);
-  if (i + kOctet < n) return;
+  if (whole || i + kOctet < n) return;
   for (int64_t byte = i / kOctet + 1; byte % 4 != 0; ++byte) bytes[byte] = 0;
 }
 

@@ -365,15 +365,27 @@ __device__ __forceinline__ uint32_t pack_spans(const Source& source, int64_t n,
         }
       }
     };
+    // `octet_of(k)` makes the octet of tile k; `whole` is known when this is compiled.
+    const auto pack_group = [&](int group, auto whole, auto octet_of) {
+      constexpr bool kWhole = decltype(whole)::value;
+      Octet<T> octets[kGroup<T>];
+      uint32_t flags = 0, equal = 0;
+#pragma unroll
+      for (int g = 0; g < kGroup<T>; ++g) {
+        const int k = group * kGroup<T> + g;
+        octets[g] = octet_of(k);
+        source.keep(octets[g], first + k * kTile, kWhole);
+        uint32_t same = 0;
+        flags |= flags_of_octet(octets[g], k, kWhole, same) << (8 * g);
+        equal |= same << (8 * g);
+      }
+      stage_group(octets, group, flags, equal);
+    };
     if (round < whole_rounds) {
       const bool goes_on = round + 1 < whole_rounds;
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        Octet<T> octets[kGroup<T>];
-        uint32_t flags = 0, equal = 0;
-#pragma unroll
-        for (int g = 0; g < kGroup<T>; ++g) {
-          const int k = group * kGroup<T> + g;
+        pack_group(group, std::true_type{}, [&](int k) {
           constexpr int kAhead = Queue::kDepth - 1;
           if (k + kAhead < kTiles) {
             request(true, first, k + kAhead);
@@ -381,30 +393,14 @@ __device__ __forceinline__ uint32_t pack_spans(const Source& source, int64_t n,
             request(goes_on, first + stride, k + kAhead - kTiles);
           }
           queue.wait();
-          const int64_t i = first + k * kTile;
-          octets[g] = source.take(queue, k, i, true);
-          source.keep(octets[g], i, true);
-          uint32_t same = 0;
-          flags |= flags_of_octet(octets[g], k, true, same) << (8 * g);
-          equal |= same << (8 * g);
-        }
-        stage_group(octets, group, flags, equal);
+          return source.take(queue, k, first + k * kTile, true);
+        });
       }
     } else {
 #pragma unroll 1
       for (int group = 0; group < kGroups; ++group) {
-        Octet<T> octets[kGroup<T>];
-        uint32_t flags = 0, equal = 0;
-#pragma unroll
-        for (int g = 0; g < kGroup<T>; ++g) {
-          const int k = group * kGroup<T> + g;
-          octets[g] = source.peek(first + k * kTile);
-          source.keep(octets[g], first + k * kTile, false);
-          uint32_t same = 0;
-          flags |= flags_of_octet(octets[g], k, false, same) << (8 * g);
-          equal |= same << (8 * g);
-        }
-        stage_group(octets, group, flags, equal);
+        pack_group(group, std::false_type{},
+                   [&](int k) { return source.peek(first + k * kTile); });
       }
     }
     if (lane == 0) {

@@ -178,7 +178,6 @@ class Problem {
     selection.workspace = workspace_.get();
     selection.n = n_;
     selection.ranks.words = keeps_.get();
-    selection.ranks.most = static_cast<uint32_t>(capacity());
     selection.refresh = refresh_.get(), selection.stored = stored_.get();
     selection.thresholds = thresholds_.get();
     selection.packed = packed();
