@@ -36,6 +36,7 @@ from jax import lax
 
 from swat_jax import kernels
 from swat_jax.batch_norm import Vectors
+from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import granularity as granularities
@@ -123,7 +124,7 @@ def swat_conv(
             f"kernel {kernel.shape} does not fit x {x.shape} with feature_group_count {groups}: "
             "needs kernel.shape[-2] * groups == x.shape[-1] and whole groups of outputs"
         )
-    conv = _Convolution(
+    conv = Convolution(
         strides=_per_axis(strides, spatial, "strides"),
         padding=_padding(padding, spatial),
         input_dilation=_per_axis(input_dilation, spatial, "input_dilation"),
@@ -131,6 +132,7 @@ def swat_conv(
         feature_group_count=groups,
         precision=precision,
         preferred_element_type=preferred_element_type,
+        folds=kernels.folds(x.dtype),
     )
     _check_floats("kernel", kernel)
     units = granularities.units(kernel.shape, granularity)
@@ -198,37 +200,6 @@ def swat_linear(
         x, packed, activation_sparsity, activation_keep, activation_threshold
     )
     return _swat_product(product, "unstructured", capacity, x, kernel, packed, weights, activations)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Convolution:
-    """A convolution, linear in input and kernel, and hashable."""
-
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    input_dilation: tuple[int, ...]
-    kernel_dilation: tuple[int, ...]
-    feature_group_count: int
-    precision: Precision
-    preferred_element_type: Any
-
-    def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        last = x.ndim - 1
-        image = (0, last, *range(1, last))
-        return lax.conv_general_dilated(
-            x,
-            kernel,
-            self.strides,
-            self.padding,
-            lhs_dilation=self.input_dilation,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=lax.ConvDimensionNumbers(
-                image, (last, last - 1, *range(last - 1)), image
-            ),
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
-            preferred_element_type=self.preferred_element_type,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +272,7 @@ def _activation_selection(
 
 
 def _swat_product(
-    product: _Convolution | _MatrixProduct,
+    product: Convolution | _MatrixProduct,
     granularity: str,
     capacity: int | None,
     x: jax.Array,
@@ -324,7 +295,7 @@ def _swat_product(
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    product: _Convolution | _MatrixProduct
+    product: Convolution | _MatrixProduct
     granularity: str
     kernel_dtype: Any
     capacity: int | None
@@ -392,6 +363,9 @@ def _product_backward(
         x = kernels.unpack(x, residuals.least)
     (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), x)(dy)
     (dw,) = jax.linear_transpose(lambda value: rule.product(x, value), kernel)(dy)
+    # An update that reads it across its layout could not be made in place: XLA would make new
+    # weights and copy them.
+    dw = lax.optimization_barrier(dw)
     return dx, dw.astype(rule.kernel_dtype), None, None, None
 
 

@@ -33,7 +33,7 @@ from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_axes, varying_like
 
-OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool")
+OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "fold")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Sizes that the handlers check: `selection_words` and `Cut::words` in ops/.
@@ -66,6 +66,14 @@ def backend() -> str:
 def packs() -> bool:
     """Whether saved activations are packed by default: where there are kernels for it."""
     return backend() == "cuda"
+
+
+def folds(dtype: Any) -> bool:
+    """Whether convs of few channels are computed as `swat_jax.convolution.Convolution.folded`.
+
+    It is another order of the same sums, written for cuDNN; no kernel of ours.
+    """
+    return _has_kernel("fold", dtype)
 
 
 def threshold(x: jax.Array, keep: top_k.Count) -> jax.Array:
