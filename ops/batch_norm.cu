@@ -136,6 +136,7 @@ struct Gradients {
   const uint32_t* positive;  // with Mask::kBits
   Parameters parameters;
   Mask mask;
+  float factor;  // of dy
 };
 
 template <typename T, int V, bool kMayKeep>
@@ -187,6 +188,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         for (int v = 0; v < V; ++v) {
           dz[v] = values[1][v];
           if (two) dz[v] += values[2][v];
+          dz[v] *= gradients.factor;
           if ((passes >> v & 1) == 0) dz[v] = 0.f;
         }
         if (keeps) {
@@ -278,7 +280,7 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
                          ffi::Result<ffi::AnyBuffer> sum,
                          ffi::Result<ffi::AnyBuffer> sum_normalized,
                          ffi::Result<ffi::AnyBuffer> dz, ffi::Result<ffi::AnyBuffer> scratch,
-                         float epsilon, bool relu) {
+                         float epsilon, bool relu, float factor) {
   constexpr const char* kOp = "batch_norm_gradient_sums";
   Problems problems;
   SWAT_RETURN_IF_ERROR(problems.of(kOp, x));
@@ -308,6 +310,7 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
       gradients.mask = !relu                             ? Mask::kNone
                        : gradients.positive != nullptr ? Mask::kBits
                                                          : Mask::kSign;
+      gradients.factor = factor;
       const Cut cut(rows, channels,
                     is_wide(gradients.x) && is_wide(gradients.dy) && is_wide(gradients.dy2) &&
                         is_wide(gradients.dz));
@@ -355,5 +358,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_gradient_sums, swat::gradient_
                                   .Ret<xla::ffi::AnyBuffer>()  // dz, or empty
                                   .Ret<xla::ffi::AnyBuffer>()  // scratch
                                   .Attr<float>("epsilon")
-                                  .Attr<bool>("relu"),
+                                  .Attr<bool>("relu")
+                                  .Attr<float>("factor"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

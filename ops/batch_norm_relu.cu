@@ -9,12 +9,19 @@ namespace {
 
 // ---- Forward -----------------------------------------------------------------------------------
 
-// y = relu(x * factor + shift + residual), stored as it is made.
-template <typename T, bool kFixed, bool kResidual>
+// What is read besides x.
+enum class Second { kNothing, kResidual, kKept };
+
+// y = relu(x * factor + shift + residual), or relu(...) * kept_factor where a bit says that it is
+// kept and else 0; stored as it is made.
+template <typename T, bool kFixed, Second kSecond>
 struct Normalize {
-  static constexpr int kStreams = kResidual ? 2 : 1;
+  static constexpr bool kResidual = kSecond == Second::kResidual;
+  static constexpr bool kDrops = kSecond == Second::kKept;
+  static constexpr int kStreams = kSecond == Second::kNothing ? 1 : 2;
   const T* x;
-  const T* residual;   // if kResidual
+  const T* residual;     // if kResidual
+  const uint32_t* kept;  // if kDrops
   T* y;
   uint32_t* positive;  // may be absent: bits that say where y > 0
   Parameters parameters;
@@ -22,6 +29,7 @@ struct Normalize {
   int64_t n;
   Remainder channels;
   bool relu, wide;
+  float kept_factor;     // if kDrops
   float own[2][kOctet];  // of this thread, if kFixed
 
   __device__ void prepare() {
@@ -31,20 +39,27 @@ struct Normalize {
   __device__ void request(const Queue& queue, int turn, int64_t i, bool whole = false) const {
     queue.request(turn, 0, x, i, n, wide, whole);
     if constexpr (kResidual) queue.request(turn, 1, residual, i, n, wide, whole);
+    if constexpr (kDrops) {
+      if (whole || i < n) queue.request_word(turn, 1, kept + i / 32);
+    }
   }
   template <typename Queue>
   __device__ Octet<T> take(const Queue& queue, int turn, int64_t i, bool whole = false) const {
     Octet<T> added;
+    uint32_t bits = 0;
     if constexpr (kResidual) added = queue.take(turn, 1);
-    return make(queue.take(turn, 0), added, i, own, whole);
+    if constexpr (kDrops) bits = queue.take_word(turn, 1) >> (i % 32);
+    return make(queue.take(turn, 0), added, bits, i, own, whole);
   }
   __device__ Octet<T> peek(int64_t i) const {
     Octet<T> added;
+    uint32_t bits = 0;
     if constexpr (kResidual) added = load(residual, i, n, wide);
+    if constexpr (kDrops) bits = load_bits(kept, i, n);
     // A sample may meet other channels than the walk.
     float other[2][kOctet];
     if constexpr (kFixed) find_own(i, other);
-    return make(load(x, i, n, wide), added, i, other, false);
+    return make(load(x, i, n, wide), added, bits, i, other, false);
   }
   __device__ void keep(const Octet<T>& octet, int64_t i, bool whole = false) const {
     store(octet, y, i, n, wide, whole);
@@ -61,7 +76,7 @@ struct Normalize {
       if (++c == channels.divisor) c = 0;
     }
   }
-  __device__ Octet<T> make(const Octet<T>& given, const Octet<T>& added, int64_t i,
+  __device__ Octet<T> make(const Octet<T>& given, const Octet<T>& added, uint32_t bits, int64_t i,
                            const float (&fixed)[2][kOctet], bool whole) const {
     float loaded[2][kOctet], values[kOctet], more[kOctet];
     if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
@@ -75,6 +90,7 @@ struct Normalize {
         values[j] = normalized(values[j], loaded[0][j], loaded[1][j]);
       }
       if constexpr (kResidual) values[j] += more[j];
+      if constexpr (kDrops) values[j] = (bits >> j & 1) != 0 ? values[j] * kept_factor : 0.f;
     }
     Octet<T> octet = from_floats<T>(values);
     if (relu) rectify(octet);
@@ -110,15 +126,16 @@ enum SelectionMode : int64_t { kNothing = 0, kExact = 1, kByFlag = 2 };
 
 ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer mean,
                            ffi::AnyBuffer variance, ffi::AnyBuffer scale, ffi::AnyBuffer bias,
-                           ffi::AnyBuffer residual, ffi::AnyBuffer keep, ffi::AnyBuffer refresh,
-                           ffi::AnyBuffer stored, ffi::Result<ffi::AnyBuffer> y,
+                           ffi::AnyBuffer residual, ffi::AnyBuffer kept, ffi::AnyBuffer keep,
+                           ffi::AnyBuffer refresh, ffi::AnyBuffer stored,
+                           ffi::Result<ffi::AnyBuffer> y,
                            ffi::Result<ffi::AnyBuffer> positive,
                            ffi::Result<ffi::AnyBuffer> values, ffi::Result<ffi::AnyBuffer> bitmap,
                            ffi::Result<ffi::AnyBuffer> offsets,
                            ffi::Result<ffi::AnyBuffer> overflow,
                            ffi::Result<ffi::AnyBuffer> thresholds,
                            ffi::Result<ffi::AnyBuffer> scratch, float epsilon, bool relu,
-                           int64_t mode) {
+                           float kept_factor, int64_t mode) {
   constexpr const char* kOp = "batch_norm_relu";
   Problems problems;
   SWAT_RETURN_IF_ERROR(problems.of(kOp, x));
@@ -127,6 +144,11 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
   const Vectors vectors{mean, variance, scale, bias, epsilon};
   SWAT_RETURN_IF_ERROR(vectors.check(kOp, problems));
   SWAT_RETURN_IF_ERROR(check_optional(kOp, "residual", residual, type, batch * n, 2));
+  SWAT_RETURN_IF_ERROR(
+      check_optional(kOp, "kept", kept, ffi::U32, batch * bitmap_words(n), sizeof(uint32_t)));
+  if (residual.element_count() > 0 && kept.element_count() > 0) {
+    return invalid("batch_norm_relu: kept must be empty where there is a residual");
+  }
   SWAT_RETURN_IF_ERROR(check(kOp, "y", *y, type, batch * n, 2));
   if (positive->element_count() > 0) {
     SWAT_RETURN_IF_ERROR(check(kOp, "positive", *positive, ffi::U32, batch * bitmap_words(n)));
@@ -156,14 +178,16 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
   }
   return with_type(kOp, "x", type, [&](auto example) {
     using T = decltype(example);
-    const auto run = [&](auto fixed, auto adds) -> ffi::Error {
+    const auto run = [&](auto fixed, auto second) -> ffi::Error {
       constexpr bool kFixed = decltype(fixed)::value;
-      using Source = Normalize<T, kFixed, decltype(adds)::value>;
+      using Source = Normalize<T, kFixed, decltype(second)::value>;
       for (int64_t b = 0; b < batch; ++b) {
         uint32_t* memory = static_cast<uint32_t*>(scratch->untyped_data()) + b * words;
         Source source;
         source.x = part<T>(x, b * n);
         source.residual = part<T>(residual, b * n);
+        source.kept = part<uint32_t>(kept, b * bitmap_words(n));
+        source.kept_factor = kept_factor;
         source.y = static_cast<T*>(y->untyped_data()) + b * n;
         source.positive = positive->element_count() == 0
                               ? nullptr
@@ -208,10 +232,16 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
       }
       return ffi::Error::Success();
     };
-    const auto run_fixed = [&](auto adds) {
-      return is_fixed(channels) ? run(std::true_type{}, adds) : run(std::false_type{}, adds);
+    const auto run_fixed = [&](auto second) {
+      return is_fixed(channels) ? run(std::true_type{}, second) : run(std::false_type{}, second);
     };
-    return residual.element_count() > 0 ? run_fixed(std::true_type{}) : run_fixed(std::false_type{});
+    if (residual.element_count() > 0) {
+      return run_fixed(std::integral_constant<Second, Second::kResidual>{});
+    }
+    if (kept.element_count() > 0) {
+      return run_fixed(std::integral_constant<Second, Second::kKept>{});
+    }
+    return run_fixed(std::integral_constant<Second, Second::kNothing>{});
   });
 }
 
@@ -387,6 +417,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_relu, swat::batch_norm_relu,
                                   .Arg<xla::ffi::AnyBuffer>()  // scale
                                   .Arg<xla::ffi::AnyBuffer>()  // bias
                                   .Arg<xla::ffi::AnyBuffer>()  // residual, or empty
+                                  .Arg<xla::ffi::AnyBuffer>()  // kept, or empty
                                   .Arg<xla::ffi::AnyBuffer>()  // keep, or empty
                                   .Arg<xla::ffi::AnyBuffer>()  // refresh, or empty
                                   .Arg<xla::ffi::AnyBuffer>()  // stored, or empty
@@ -400,6 +431,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_batch_norm_relu, swat::batch_norm_relu,
                                   .Ret<xla::ffi::AnyBuffer>()  // scratch
                                   .Attr<float>("epsilon")
                                   .Attr<bool>("relu")
+                                  .Attr<float>("kept_factor")
                                   .Attr<int64_t>("mode"),
                               {xla::ffi::Traits::kCmdBufferCompatible});
 

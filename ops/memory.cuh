@@ -117,6 +117,19 @@ struct Streams {
       *slot(turn, stream, plane) = reinterpret_cast<const uint4*>(&octet)[plane];
     }
   }
+  // One 32-bit word.
+  __device__ void request_word(int turn, int stream, const uint32_t* from) const {
+    uint4* const to = slot(turn, stream, 0);
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(
+                     static_cast<unsigned>(__cvta_generic_to_shared(to))),
+                 "l"(from)
+                 : "memory");
+#else
+    to->x = __ldg(from);
+#endif
+  }
+  __device__ uint32_t take_word(int turn, int stream) const { return slot(turn, stream, 0)->x; }
   // Ends the requests of one turn, of which there must be one for every turn.
   __device__ void commit() const {
 #if __CUDA_ARCH__ >= 800

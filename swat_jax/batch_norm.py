@@ -57,8 +57,10 @@ def normalize(
     *,
     epsilon: float,
     relu: bool,
+    kept: jax.Array | None = None,
+    kept_factor: float = 1.0,
 ) -> jax.Array:
-    """``relu((x - mean) / sqrt(variance + epsilon) * scale + bias + residual)``.
+    """``relu((x - mean) / sqrt(variance + epsilon) * scale + bias + residual)``, then dropout.
 
     Args:
       x: (..., channels) floats.
@@ -66,6 +68,8 @@ def normalize(
       residual: added before the ReLU; shape and type of ``x``.
       epsilon: keeps the root away from 0.
       relu: whether negative values become 0.
+      kept: bitmap of the values that dropout keeps; None: all.
+      kept_factor: what they are multiplied by.
 
     Returns:
       The shape and the type of ``x``, rounded once.
@@ -77,6 +81,9 @@ def normalize(
         y = y + _wide(residual)
     if relu:
         y = jnp.maximum(y, 0)
+    if kept is not None:
+        flags = packing.from_bitmap(kept, x.size).reshape(x.shape)
+        y = jnp.where(flags, y * jnp.asarray(kept_factor, y.dtype), 0)
     return y.astype(x.dtype)
 
 
@@ -94,6 +101,7 @@ def gradient_sums(
     epsilon: float,
     relu: bool,
     keeps_dz: bool = False,
+    factor: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """What the backward pass adds up over the rows: the gradients of ``bias`` and ``scale``.
 
@@ -107,12 +115,15 @@ def gradient_sums(
       relu: as in `normalize`.
       keeps_dz: whether ``dz`` is returned, rounded to the type of ``x``; the sums are then of
         what was rounded.
+      factor: of the gradients: what dropout multiplied the output by.
 
     Returns:
       ``sum(dz)`` and ``sum(dz * (x - mean) / sqrt(variance + epsilon))``, each (channels,), where
       ``dz`` is the gradient before the ReLU (and that of a residual); and ``dz`` or None.
     """
     dz = _before_relu(x, dys, positive, vectors, epsilon, relu)
+    if factor != 1:
+        dz = dz * jnp.asarray(factor, dz.dtype)
     kept = None
     if keeps_dz:
         kept = dz.astype(x.dtype)

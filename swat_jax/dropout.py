@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,12 +19,23 @@ class Dropout(nnx.Dropout):
     ) -> jax.Array:
         """As `flax.nnx.Dropout`."""
         rests = self.deterministic if deterministic is None else deterministic
-        if rests or self.broadcast_dims or not 0 < self.rate < 1:
-            return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
         source = self.rngs if rngs is None else rngs
+        # The stock layer says what lacks if there is no source.
+        if rests or self.broadcast_dims or not 0 < self.rate < 1 or source is None:
+            return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
+        return functional.dropout(inputs, self._key(source), self.rate)
+
+    def draw(self, shape: Sequence[int]) -> jax.Array | None:
+        """Which values a call would keep, booleans, for whoever drops the others.
+
+        None where the layer has to be called itself: it rests, drops in another way, or has no
+        source of keys.
+        """
+        if self.deterministic or self.broadcast_dims or not 0 < self.rate < 1 or self.rngs is None:
+            return None
+        return functional.dropout_mask(self._key(self.rngs), self.rate, shape)
+
+    def _key(self, source: Any) -> jax.Array:
         if isinstance(source, nnx.Rngs):
             source = source[self.rng_collection]
-        if source is None:
-            return super().__call__(inputs, deterministic=deterministic)  # which says what lacks
-        key = source if isinstance(source, jax.Array) else source()
-        return functional.dropout(inputs, key, self.rate)
+        return source if isinstance(source, jax.Array) else source()

@@ -363,9 +363,9 @@ def _product_backward(
         x = kernels.unpack(x, residuals.least)
     (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), x)(dy)
     (dw,) = jax.linear_transpose(lambda value: rule.product(x, value), kernel)(dy)
-    # An update that reads it across its layout could not be made in place: XLA would make new
-    # weights and copy them.
-    dw = lax.optimization_barrier(dw)
+    # cuDNN returns it in another layout. Flat, it has that of the weights: an update that reads it
+    # across its layout is slow, and not made in place; its results would be copied.
+    dw = lax.optimization_barrier(dw.ravel()).reshape(dw.shape)
     return dx, dw.astype(rule.kernel_dtype), None, None, None
 
 
@@ -404,9 +404,13 @@ def batch_norm_relu(
     axis_name: str | None = None,
     readers: int = 1,
     returns_input: bool = False,
+    kept: jax.Array | None = None,
+    dropout_rate: float = 0.0,
     selection: kernels.Selection | None = None,
 ) -> BatchNormOutput:
     """Batch norm, addition and ReLU, with the packed form that the next products keep.
+
+    After the ReLU there may be dropout, in the same pass.
 
     Args:
       x: (..., channels) floats.
@@ -421,6 +425,10 @@ def batch_norm_relu(
         gradients then meet inside the backward passes and need no addition of their own.
       returns_input: whether ``x`` is returned too, for a shortcut that branches off before the
         norm; its gradient then joins in the same way.
+      kept: which values dropout keeps, a bitmap (`swat_jax.sparsity.packing.to_bitmap`); not
+        beside a residual, and only after a ReLU. None: no dropout.
+      dropout_rate: the fraction that it drops on average; what is left is divided by
+        ``1 - dropout_rate``.
       selection: what is packed, if anything.
 
     Returns:
@@ -454,6 +462,9 @@ def batch_norm_relu(
         )
     if readers < 1:
         raise UsageError(f"readers must be at least 1, got {readers}")
+    if kept is not None and (residual is not None or not relu):
+        raise UsageError("kept must be None where there is a residual, or no ReLU")
+    _check_rate(dropout_rate)
     rule = _NormRule(
         relu=relu,
         epsilon=epsilon,
@@ -462,8 +473,10 @@ def batch_norm_relu(
         returns_input=returns_input,
         adds=residual is not None,
         constant=statistics is not None,
+        drops=kept is not None,
+        dropout_rate=dropout_rate,
     )
-    operands = (x, scale, bias, residual, statistics, selection)
+    operands = (x, scale, bias, residual, statistics, kept, selection)
     return _batch_norm_relu(
         rule, *jax.tree.map(lambda leaf: varying_like(leaf, operands), operands)
     )
@@ -478,6 +491,12 @@ class _NormRule:
     returns_input: bool
     adds: bool  # whether there is a residual
     constant: bool  # whether mean and variance were given
+    drops: bool  # whether there is dropout
+    dropout_rate: float
+
+    @property
+    def kept_factor(self) -> float:
+        return 1 / (1 - self.dropout_rate) if self.drops else 1.0
 
 
 class _NormResiduals(NamedTuple):
@@ -494,9 +513,10 @@ def _batch_norm_relu(
     bias: jax.Array,
     residual: jax.Array | None,
     statistics: tuple[jax.Array, jax.Array] | None,
+    kept: jax.Array | None,
     selection: kernels.Selection | None,
 ) -> BatchNormOutput:
-    return _norm_forward(rule, x, scale, bias, residual, statistics, selection)[0]
+    return _norm_forward(rule, x, scale, bias, residual, statistics, kept, selection)[0]
 
 
 def _norm_forward(
@@ -506,6 +526,7 @@ def _norm_forward(
     bias: jax.Array,
     residual: jax.Array | None,
     statistics: tuple[jax.Array, jax.Array] | None,
+    kept: jax.Array | None,
     selection: kernels.Selection | None,
 ) -> tuple[BatchNormOutput, _NormResiduals]:
     if statistics is None:
@@ -524,7 +545,10 @@ def _norm_forward(
         residual,
         epsilon=rule.epsilon,
         relu=rule.relu,
-        keeps_signs=rule.relu and rule.adds,
+        # Of what was dropped they say that nothing passes.
+        keeps_signs=rule.relu and (rule.adds or rule.drops),
+        kept=kept,
+        kept_factor=rule.kept_factor,
         selection=selection,
     )
     output = BatchNormOutput(
@@ -543,10 +567,18 @@ def _norm_backward(
 ) -> tuple[Any, ...]:
     residuals, dys, through = lax.optimization_barrier((residuals, output.y, output.x))
     x, positive, vectors = residuals
-    # Of several gradients one is made, once, which is that of the residual too.
-    merges = rule.adds or len(dys) > 1
+    # Of several gradients one is made, once, which is that of the residual too; and what dropout
+    # passes is found once.
+    merges = rule.adds or rule.drops or len(dys) > 1
     total, moment, dz = kernels.batch_norm_gradient_sums(
-        x, dys, positive, vectors, epsilon=rule.epsilon, relu=rule.relu, keeps_dz=merges
+        x,
+        dys,
+        positive,
+        vectors,
+        epsilon=rule.epsilon,
+        relu=rule.relu,
+        keeps_dz=merges,
+        factor=rule.kept_factor,
     )
     count, sums = x.size // x.shape[-1], (total, moment)
     if rule.constant:
@@ -566,7 +598,7 @@ def _norm_backward(
     )
     dscale = moment.astype(vectors.scale.dtype)
     dbias = total.astype(vectors.bias.dtype)
-    return dx, dscale, dbias, dz if rule.adds else None, None, None
+    return dx, dscale, dbias, dz if rule.adds else None, None, None, None
 
 
 _batch_norm_relu.defvjp(_norm_forward, _norm_backward)
@@ -674,9 +706,18 @@ def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     Source: Srivastava et al., "Dropout", 2014.
     """
     _check_floats("x", x)
+    _check_rate(rate)
+    return _dropout(1 - rate, x, dropout_mask(key, rate, x.shape))
+
+
+def dropout_mask(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array:
+    """Which values `dropout` keeps, booleans."""
+    return jax.random.bernoulli(key, 1 - rate, shape)
+
+
+def _check_rate(rate: float) -> None:
     if not 0 <= rate < 1:
         raise UsageError(f"rate must be at least 0 and below 1, got {rate}")
-    return _dropout(1 - rate, x, jax.random.bernoulli(key, 1 - rate, x.shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -24,7 +24,7 @@ product. It makes no product again, and no input of one, which has to lie in mem
 * its weights after masking, in the type that it computes in;
 * batch norm keeps the same as in a dense network and, after an addition, one bit per value;
 * max pooling keeps which value won, one byte per result;
-* dropout keeps which values it dropped, one bit each.
+* dropout keeps which values it dropped, or which pass in the backward pass, one bit each.
 
 Weights that are neither masked nor converted are the parameter itself and cost nothing. Not counted
 are parameters, their gradients and the state of the optimizer; what the loss keeps, a few values
@@ -248,6 +248,7 @@ class _Observer:
     def __init__(self, records: list[Kept], images: jax.Array) -> None:
         self._records = records
         self._images = images
+        self._paths: dict[int, str] = {}  # of dropout layers, by id
         self._seen: dict[int, jax.Array] = {}  # by id, which is taken as long as they are here
 
     def observe(self, model: nnx.Module) -> None:
@@ -259,6 +260,7 @@ class _Observer:
             elif isinstance(module, nnx.BatchNorm):
                 _before_calls(module, path, self._norm)
             elif isinstance(module, nnx.Dropout):
+                self._paths[id(module)] = path
                 _before_calls(module, path, self._dropout)
             elif hasattr(module, "max_pool"):
                 any_module: Any = module
@@ -302,6 +304,7 @@ class _Observer:
         residual: jax.Array | None = None,
         *_: Any,
         relu: bool = True,
+        dropout: Any = None,
         **__: Any,
     ) -> None:
         x = x.astype(layer.dtype or x.dtype)
@@ -311,6 +314,9 @@ class _Observer:
             activations += 4 * packing.bitmap_words(x.size)
         statistics = 2 * x.shape[-1] * jnp.promote_types(x.dtype, jnp.float32).itemsize
         self._records.append(Kept(path, "norm", what, activations + statistics))
+        fuses = isinstance(layer, BatchNormRelu) and isinstance(dropout, Dropout)
+        if fuses and relu and residual is None:  # the layer is not called
+            self._dropout(self._paths[id(dropout)], dropout, x)
 
     def _dropout(self, path: str, layer: Any, x: jax.Array, *_: Any, **__: Any) -> None:
         if 0 < layer.rate < 1:

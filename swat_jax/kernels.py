@@ -244,9 +244,11 @@ def batch_norm_relu(
     epsilon: float,
     relu: bool,
     keeps_signs: bool = False,
+    kept: jax.Array | None = None,
+    kept_factor: float = 1.0,
     selection: Selection | None = None,
 ) -> Normalized:
-    """Normalises, adds, applies ReLU and packs; see `swat_jax.batch_norm.normalize`.
+    """Normalises, adds, applies ReLU, drops and packs; see `swat_jax.batch_norm.normalize`.
 
     Args:
       x: (..., channels).
@@ -255,19 +257,30 @@ def batch_norm_relu(
       epsilon: keeps the root away from 0.
       relu: whether negative values become 0.
       keeps_signs: whether `Normalized.positive` is wanted.
+      kept: bitmap of what dropout keeps, where there is no residual; or None.
+      kept_factor: what that is multiplied by.
       selection: what is packed, if anything.
     """
 
     def twin(
-        x: jax.Array, vectors: Vectors, residual: jax.Array | None, selection: Selection | None
+        x: jax.Array,
+        vectors: Vectors,
+        residual: jax.Array | None,
+        kept: jax.Array | None,
+        selection: Selection | None,
     ) -> tuple[Any, ...]:
-        y = batch_norm.normalize(x, vectors, residual, epsilon=epsilon, relu=relu)
+        drops = {"kept": kept, "kept_factor": kept_factor}
+        y = batch_norm.normalize(x, vectors, residual, epsilon=epsilon, relu=relu, **drops)
         signs = batch_norm.positive(y) if keeps_signs else None
         packed, limits = (None, None) if selection is None else select(y, selection)
         return y, signs, packed, limits
 
     def kernel(
-        x: jax.Array, vectors: Vectors, residual: jax.Array | None, selection: Selection | None
+        x: jax.Array,
+        vectors: Vectors,
+        residual: jax.Array | None,
+        kept: jax.Array | None,
+        selection: Selection | None,
     ) -> tuple[Any, ...]:
         rows = _rows(x)
         words = 0 if _is_fixed(rows.shape[1]) else -(-2 * rows.shape[1] // 64) * 64
@@ -294,9 +307,11 @@ def batch_norm_relu(
             rows,
             *(vector.astype(jnp.float32) for vector in vectors),
             _absent(x.dtype) if residual is None else _rows(residual),
+            _absent(jnp.uint32) if kept is None else kept,
             *(keep, is_refresh, stored),
             epsilon=np.float32(epsilon),
             relu=relu,
+            kept_factor=np.float32(kept_factor),
             mode=np.int64(mode),
         )
         y = y.reshape(x.shape)
@@ -305,7 +320,7 @@ def batch_norm_relu(
             return y, signs, None, None
         return y, signs, _packed(parts, x.shape), limits
 
-    operands = (x, vectors, residual, selection)
+    operands = (x, vectors, residual, kept, selection)
     if _has_kernel("batch_norm", x.dtype) and x.size:
         return Normalized(*_choose(kernel, twin, *operands))
     return Normalized(*twin(*operands))
@@ -320,10 +335,11 @@ def batch_norm_gradient_sums(
     epsilon: float,
     relu: bool,
     keeps_dz: bool = False,
+    factor: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """The gradients of bias and scale; see `swat_jax.batch_norm.gradient_sums`."""
     twin = functools.partial(
-        batch_norm.gradient_sums, epsilon=epsilon, relu=relu, keeps_dz=keeps_dz
+        batch_norm.gradient_sums, epsilon=epsilon, relu=relu, keeps_dz=keeps_dz, factor=factor
     )
     dys = _at_most_two(dys)
     if not _has_kernel("batch_norm", x.dtype) or x.size == 0:
@@ -343,6 +359,7 @@ def batch_norm_gradient_sums(
             *(vector.astype(jnp.float32) for vector in vectors),
             epsilon=np.float32(epsilon),
             relu=relu,
+            factor=np.float32(factor),
         )
         return total, moment, dz.reshape(x.shape) if keeps_dz else None
 

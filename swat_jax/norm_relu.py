@@ -16,7 +16,9 @@ from jax import lax
 
 from swat_jax import functional, kernels
 from swat_jax.activations import Activation, Branches
+from swat_jax.dropout import Dropout
 from swat_jax.layers import SwatConv, SwatLinear, selection_for
+from swat_jax.sparsity import packing
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.top_k import Count
 
@@ -39,8 +41,9 @@ class NormRelu(nnx.BatchNorm):
         readers: Sequence[Any] = (),
         dense: bool = False,
         before: bool = False,
+        dropout: Any = None,
     ) -> Branches:
-        """``relu(norm(x) + residual)``.
+        """``relu(norm(x) + residual)``, then dropout.
 
         Args:
           x: (..., channels).
@@ -49,12 +52,15 @@ class NormRelu(nnx.BatchNorm):
           readers: the layers that will read the result.
           dense: whether something else reads it too.
           before: whether ``x`` itself is read by something else too.
+          dropout: the layer of it, or None.
         """
         y = super().__call__(x)
         if residual is not None:
             y = y + residual
         if relu:
             y = nnx.relu(y)
+        if dropout is not None:
+            y = dropout(y)
         return Branches(
             readers=tuple(Activation(y) for _ in readers),
             dense=y if dense else None,
@@ -78,8 +84,16 @@ class BatchNormRelu(NormRelu):
         readers: Sequence[Any] = (),
         dense: bool = False,
         before: bool = False,
+        dropout: Any = None,
     ) -> Branches:
         """As `NormRelu`; in evaluation mode nothing is packed."""
+        kept, rate = None, 0.0
+        if isinstance(dropout, Dropout) and relu and residual is None:
+            kept, rate = dropout.draw(x.shape), dropout.rate
+        if dropout is not None and kept is None:
+            out: Any = self(x, residual, relu=relu, dense=True, before=before)
+            y = branch(dropout(out.dense), readers=readers, dense=dense)
+            return Branches(readers=y.readers, dense=y.dense, before=out.before)
         assert self.scale is not None
         assert self.bias is not None
         x = x.astype(self.dtype or jnp.result_type(x, self.scale[...], self.bias[...]))
@@ -97,6 +111,8 @@ class BatchNormRelu(NormRelu):
             axis_name=self.axis_name,
             readers=max(1, len(readers) + dense),
             returns_input=before,
+            kept=None if kept is None else packing.to_bitmap(kept),
+            dropout_rate=rate,
             selection=choice.selection(),
         )
         if not self.use_running_average:

@@ -10,8 +10,12 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
+from swat_jax.dropout import Dropout
+from swat_jax.errors import UsageError
 from swat_jax.functional import batch_norm_relu
+from swat_jax.layers import SwatConv
 from swat_jax.norm_relu import BatchNormRelu, NormRelu
+from swat_jax.sparsity import packing
 
 EPSILON = 1e-5
 SHAPE = (4, 5, 5, 6)
@@ -89,6 +93,79 @@ def test_layer_equals_stock(training):
     assert jax.tree.structure(found) == jax.tree.structure(wanted)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_dropout_after_the_relu(readers):
+    x, _, dys, scale, bias = operands()
+    flags = jax.random.bernoulli(jax.random.key(9), 0.6, SHAPE)
+
+    def fused(x, scale, bias):
+        out = batch_norm_relu(
+            x, scale, bias, epsilon=EPSILON, readers=readers, returns_input=True,
+            kept=packing.to_bitmap(flags), dropout_rate=0.4,
+        )  # fmt: skip
+        return *out.y, out.x
+
+    def plain(x, scale, bias):
+        y = jnp.where(flags, written_out(x, scale, bias, None, True, None) / 0.6, 0)
+        return *(y,) * readers, x
+
+    for function in (fused, plain):
+        values, pullback = jax.vjp(function, x, scale, bias)
+        results = jax.tree.leaves((values, pullback(tuple(dys[: readers + 1]))))
+        if function is fused:
+            found = results
+    for a, b in zip(found, results, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.max(jnp.abs(b))))
+    # Beside its input and vectors one bit per value, which says what passes.
+    residuals = jax.tree.leaves(jax.vjp(fused, x, scale, bias)[1])
+    bits = [leaf for leaf in residuals if leaf.dtype == jnp.uint32]
+    assert [leaf.size for leaf in bits] == [packing.bitmap_words(x.size)]
+    assert sum(leaf.size == x.size for leaf in residuals) == 1
+
+
+def test_dropout_is_refused_beside_a_residual_and_without_relu():
+    x, residual, _, scale, bias = operands()
+    kept = packing.to_bitmap(jnp.ones(SHAPE, bool))
+    with pytest.raises(UsageError, match="kept must be None where there is a residual, or no ReLU"):
+        batch_norm_relu(x, scale, bias, residual=residual, kept=kept, dropout_rate=0.5)
+    with pytest.raises(UsageError, match="kept must be None where there is a residual, or no ReLU"):
+        batch_norm_relu(x, scale, bias, relu=False, kept=kept, dropout_rate=0.5)
+    with pytest.raises(UsageError, match=r"rate must be at least 0 and below 1, got 1\.0"):
+        batch_norm_relu(x, scale, bias, kept=kept, dropout_rate=1.0)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dropout", [Dropout, nnx.Dropout])
+@pytest.mark.parametrize("adds", [True, False])
+def test_layer_with_dropout_equals_stock(training, dropout, adds):
+    """Whether the pass drops, or the dropout layer afterwards."""
+    x, residual, *_ = operands()
+    reader = SwatConv(6, 4, (1, 1), weight_sparsity=0.5, pack=True, rngs=nnx.Rngs(1))
+
+    def run(kind, dropout):
+        layer, drop = kind(6, rngs=nnx.Rngs(0)), dropout(0.3, rngs=nnx.Rngs(2))
+        for one in (layer, drop, reader):
+            one.train() if training else one.eval()
+        out = layer(
+            x, residual if adds else None, readers=[reader], dense=True, before=True, dropout=drop
+        )
+        return out.readers[0].x, out.dense, out.before, nnx.state(drop), out.readers[0].packed
+
+    *found, packed = run(BatchNormRelu, dropout)
+    *wanted, _ = run(NormRelu, nnx.Dropout)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert (packed is not None) == training
+    if training:
+        assert 0.2 < float(jnp.mean(wanted[1] == 0)) < 0.8
+        largest = jnp.sort(jnp.abs(found[1]).ravel())[-found[1].size // 2]
+        np.testing.assert_array_equal(
+            packing.unpack(packed), jnp.where(jnp.abs(found[1]) >= largest, found[1], 0)
+        )
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -11,7 +11,7 @@ from flax import nnx
 
 from swat_jax.models import pooling
 from swat_jax.models.layer_factory import LayerFactory
-from swat_jax.norm_relu import apply, branch
+from swat_jax.norm_relu import apply
 
 STEM_WIDTH = 16
 
@@ -39,11 +39,8 @@ class WideBlock(nnx.Module):
         readers = [self.conv1, self.shortcut] if self.projects else [self.conv1]
         active = self.norm1(x, readers=readers, before=not self.projects)
         y = apply(self.conv1, active.readers[0])
-        if self.drops:
-            y = self.dropout(self.norm2(y, dense=True).dense)
-            y = branch(y, readers=[self.conv2])
-        else:
-            y = self.norm2(y, readers=[self.conv2])
+        dropout = self.dropout if self.drops else None
+        y = self.norm2(y, readers=[self.conv2], dropout=dropout)
         y = apply(self.conv2, y.readers[0])
         return y + (apply(self.shortcut, active.readers[1]) if self.projects else active.before)
 

@@ -166,7 +166,7 @@ class Problem {
     const unsigned blocks = static_cast<unsigned>((channels_ + kThreads - 1) / kThreads);
     const uint32_t channels = static_cast<uint32_t>(channels_);
     coefficients_kernel<<<blocks, kThreads, 0, stream_>>>(parameters, channels, coefficients_.get());
-    Normalize<T, kFixed, true> source;
+    Normalize<T, kFixed, Second::kResidual> source;
     source.x = x_.get(), source.residual = more_.get(), source.y = y_.get();
     source.positive = positive_.get();
     source.parameters = parameters;
@@ -190,7 +190,7 @@ class Problem {
                       static_cast<const float*>(least_.get()), n_, unpacked_.get(), wide),
                "unpack");
     Gradients<T> gradients{x_.get(), dy_.get(), more_.get(), dz_.get(), positive_.get(),
-                           parameters, Mask::kBits};
+                           parameters, Mask::kBits, 1.f};
     check_cuda(
         sum_rows(stream_,
                  octets ? gradient_sums_kernel<T, kOctet, true> : gradient_sums_kernel<T, 1, true>,

@@ -312,6 +312,51 @@ def test_selection_within_batch_norm(shape, dtype, readers):
         check_packed(found.packed, y, limits.min(), capacity, str((refresh, flagged)))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", ["unpacked", "exact", "given"])
+def test_dropout_within_batch_norm(shape, dtype, mode):
+    given = norm_inputs(shape, dtype)
+    x, size = given["x"], math.prod(shape)
+    mean, variance = batch_norm.statistics(x)
+    vectors = batch_norm.Vectors(mean, variance, given["scale"], given["bias"])
+    flags = np.random.default_rng(size).random(shape) < 0.7
+    kept = packing.to_bitmap(jnp.asarray(flags))
+    options = {"epsilon": 1e-5, "relu": True, "kept": kept, "kept_factor": 1 / 0.7}
+    keep = max(1, size // 10)
+    capacity = packing.capacity(keep, size)
+    expected = batch_norm.normalize(x, vectors, **options)
+    stored = np.array([oracle.threshold(np.asarray(expected).ravel(), keep)], np.float32)
+
+    @jax.jit
+    def run(x):
+        state = {"is_refresh": jnp.zeros((), bool), "stored": stored} if mode == "given" else {}
+        selection = kernels.Selection(jnp.array([[0, keep]], jnp.uint32), capacity, **state)
+        selection = None if mode == "unpacked" else selection
+        return kernels.batch_norm_relu(x, vectors, **options, keeps_signs=True, selection=selection)
+
+    found = run(x)
+    factor = given["scale"] / jnp.sqrt(variance + 1e-5)
+    close(found.y, expected, dtype, [mean * factor / 0.7])
+    assert not np.any(np.asarray(found.y)[~flags])
+    np.testing.assert_array_equal(found.positive, batch_norm.positive(found.y))
+    if mode != "unpacked":
+        y = np.asarray(found.y).ravel()
+        if mode == "exact":
+            same(found.thresholds, np.array([oracle.threshold(y, keep)], np.float32))
+        check_packed(found.packed, y, np.asarray(found.thresholds)[0], capacity, mode)
+    sums = {"epsilon": 1e-5, "relu": True, "keeps_dz": True, "factor": 1 / 0.7}
+    total, moment, dz = jax.jit(functools.partial(kernels.batch_norm_gradient_sums, **sums))(
+        x, [given["dy"]], found.positive, vectors
+    )
+    twin = batch_norm.gradient_sums(x, [given["dy"]], found.positive, vectors, **sums)
+    same(dz, twin[2])
+    for sum_found, reference in zip((total, moment), twin[:2], strict=True):
+        np.testing.assert_allclose(
+            sum_found, reference, atol=2e-5 * math.sqrt(shape[0]) + 1e-5, rtol=2e-5
+        )
+
+
 def test_more_kept_than_there_is_room_for():
     x = jnp.asarray(draw(64 * 1000, jnp.bfloat16)).reshape(1000, 64)
     ones, zeros = jnp.ones(64), jnp.zeros(64)
