@@ -136,7 +136,7 @@ struct Gradients {
   const uint32_t* positive;  // with Mask::kBits
   Parameters parameters;
   Mask mask;
-  float factor;  // of dy
+  float factor;  // of dy; 1 unless kMayKeep
 };
 
 template <typename T, int V, bool kMayKeep>
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         for (int v = 0; v < V; ++v) {
           dz[v] = values[1][v];
           if (two) dz[v] += values[2][v];
-          dz[v] *= gradients.factor;
+          if constexpr (kMayKeep) dz[v] *= gradients.factor;
           if ((passes >> v & 1) == 0) dz[v] = 0.f;
         }
         if (keeps) {
@@ -317,7 +317,7 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
       const bool octets = cut.width == kOctet;
       auto kernel = octets ? gradient_sums_kernel<T, kOctet, true> : gradient_sums_kernel<T, 1, true>;
       // Fewer registers, which are scarce.
-      if (octets && gradients.dz == nullptr) kernel = gradient_sums_kernel<T, kOctet, false>;
+      if (octets && gradients.dz == nullptr && factor == 1.f) kernel = gradient_sums_kernel<T, kOctet, false>;
       const FinishGradientSums finish{
           gradients.parameters, static_cast<float*>(sum->untyped_data()) + b * channels,
           static_cast<float*>(sum_normalized->untyped_data()) + b * channels};

@@ -3,9 +3,9 @@
 // They read from a Source, so that what makes the values (batch norm, say) runs in the same pass.
 // `search_kernel` finds exact thresholds, if they are wanted, and makes the values on the way.
 // `pack_kernel` packs by thresholds: those that were found, from the values that were made; those
-// that were given, in the pass that makes them. If more survive than there is room for,
-// `overflow_kernel` makes the thresholds exact and packs again. What is to be done stands in device
-// memory. The blocks of each kernel run at once and wait for each other.
+// that were given, in the pass that makes them. If more survive than there is room for, it makes the
+// thresholds exact and packs again. What is to be done stands in device memory. The blocks of each
+// kernel run at once and wait for each other.
 
 #pragma once
 
@@ -24,8 +24,7 @@ constexpr int kUsualGroups = sizeof(T) == 2 ? 2 : 1;
 
 // Device state of one selection. It starts as zeros.
 struct Control {
-  Search searches[2];  // of search_kernel and overflow_kernel
-  uint32_t wanted;     // how many values the thresholds asked for
+  Search searches[2];  // of search_kernel, and where there was no room
 };
 
 __host__ __device__ inline int64_t least_spans_of(int64_t n) {
@@ -49,7 +48,7 @@ struct Selection {
 
   __device__ bool is_exact() const { return refresh == nullptr || *refresh != 0; }
   __device__ Control* control() const { return reinterpret_cast<Control*>(workspace); }
-  // A word for every span: counts in pack_kernel, in overflow_kernel, and of ties there.
+  // A word for every span: counts, those where there was no room, and of ties there.
   __device__ uint32_t* counts(int which) const {
     return workspace + sizeof(Control) / sizeof(uint32_t) + which * least_spans_of(n);
   }
@@ -75,6 +74,34 @@ __global__ void __launch_bounds__(kThreads, 3)
                              &selection.control()->searches[0], selection.thresholds, dynamic);
 }
 
+// Packs again, since more survived than there is room for: with thresholds that are exact. A call,
+// so that what seldom happens takes no registers of what always does.
+template <typename T, int kDepth, int kGroups>
+__device__ __noinline__ void pack_exactly(const Values<T>& made, const Selection<T>& selection,
+                                          uint4* dynamic, PackScratch& scratch) {
+  const Packed<T> packed = selection.packed;
+  const auto grid = cooperative_groups::this_grid();
+  grid.sync();  // until then others may write what they kept
+  Search* search = &selection.control()->searches[1];
+  Ranks ranks = selection.ranks;
+  ranks.most = packed.capacity;
+  const bool keeps = selection.keeps_thresholds;
+  find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search,
+                             keeps ? nullptr : selection.thresholds, dynamic);
+  if (!keeps && blockIdx.x == 0 && threadIdx.x == 0) {
+    const uint64_t wanted = uint64_t{search->above} + search->at;
+    *packed.overflow =
+        wanted > packed.capacity ? static_cast<uint32_t>(wanted - packed.capacity) : 0;
+  }
+  const Limit<T> limit(search->limit);
+  count_ties<T, kGroups>(made, selection.n, limit, selection.counts(2), scratch);
+  grid.sync();
+  const Ties ties{packed.capacity - search->above, selection.counts(2)};
+  const uint32_t kept = pack_spans<T, kDepth, kGroups, true>(
+      made, selection.n, limit, ties, packed, selection.counts(1), dynamic, scratch);
+  clear_rest(packed, kept);
+}
+
 template <typename T, typename Source, int kDepth, int kGroups>
 __global__ void __launch_bounds__(kThreads, 2)
     pack_kernel(Source source, Values<T> made, Selection<T> selection) {
@@ -95,39 +122,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, limit, Ties{}, packed,
                                                    selection.counts(0), dynamic, scratch);
   }
-  clear_rest(packed, wanted);
   if (blockIdx.x == 0 && threadIdx.x == 0) {
-    selection.control()->wanted = wanted;
     *packed.overflow = wanted > packed.capacity ? wanted - packed.capacity : 0;
   }
-}
-
-template <typename T, int kDepth, int kGroups>
-__global__ void __launch_bounds__(kThreads, 2)
-    overflow_kernel(Values<T> made, Selection<T> selection) {
-  extern __shared__ uint4 dynamic[];
-  __shared__ PackScratch scratch;
-  const Packed<T> packed = selection.packed;
-  if (selection.control()->wanted <= packed.capacity) return;
-  const auto grid = cooperative_groups::this_grid();
-  Search* search = &selection.control()->searches[1];
-  Ranks ranks = selection.ranks;
-  ranks.most = packed.capacity;
-  const bool keeps = selection.keeps_thresholds;
-  find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search,
-                             keeps ? nullptr : selection.thresholds, dynamic);
-  if (!keeps && blockIdx.x == 0 && threadIdx.x == 0) {
-    const uint64_t wanted = uint64_t{search->above} + search->at;
-    *packed.overflow =
-        wanted > packed.capacity ? static_cast<uint32_t>(wanted - packed.capacity) : 0;
+  if (wanted > packed.capacity) {
+    pack_exactly<T, kDepth, kGroups>(made, selection, dynamic, scratch);
+  } else {
+    clear_rest(packed, wanted);
   }
-  const Limit<T> limit(search->limit);
-  count_ties<T, kGroups>(made, selection.n, limit, selection.counts(2), scratch);
-  grid.sync();
-  const Ties ties{packed.capacity - search->above, selection.counts(2)};
-  const uint32_t kept = pack_spans<T, kDepth, kGroups, true>(
-      made, selection.n, limit, ties, packed, selection.counts(1), dynamic, scratch);
-  clear_rest(packed, kept);
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
@@ -152,24 +154,22 @@ cudaError_t search(cudaStream_t stream, const Source& source, const Values<T>& m
                          tiles_of(selection.n), kMostBlocks, source, made, selection);
 }
 
+// Shared memory of a pass that packs, and may have to search.
+template <typename T, int kStreams, int kDepth, int kGroups>
+constexpr size_t kPackBytes = std::max(kCountBytes + Streams<T, 1, kDepth>::kBytes,
+                                       pack_bytes<T, kStreams, kDepth, kGroups>());
+
 // `search` or a clear workspace comes before.
 template <typename T, typename Source>
 cudaError_t pack(cudaStream_t stream, const Source& source, const Values<T>& made,
                  const Selection<T>& selection) {
   constexpr int kStreams = Source::kStreams;
-  constexpr size_t kBytes = pack_bytes<T, kStreams, kPackDepth<T, kStreams>, kUsualGroups<T>>();
-  static_assert(kBytes >= kCountBytes + Streams<T, 1>::kBytes);  // overflow_kernel searches, too
+  constexpr size_t kBytes = kPackBytes<T, kStreams, kPackDepth<T, kStreams>, kUsualGroups<T>>;
   return with_sizes<T, kStreams>(kBytes, [&](auto depth, auto groups) {
     constexpr int kDepth = decltype(depth)::value, kGroups = decltype(groups)::value;
-    const int64_t spans = spans_of<T, kGroups>(selection.n);
-    const cudaError_t code = launch_together(
-        stream, pack_kernel<T, Source, kDepth, kGroups>, pack_bytes<T, kStreams, kDepth, kGroups>(),
-        spans, kMostBlocks, source, made, selection);
-    if (code != cudaSuccess) return code;
-    constexpr size_t kSearch = kCountBytes + Streams<T, 1, kDepth>::kBytes;
-    return launch_together(stream, overflow_kernel<T, kDepth, kGroups>,
-                           std::max(kSearch, pack_bytes<T, 1, kDepth, kGroups>()), spans,
-                           kMostBlocks, made, selection);
+    return launch_together(stream, pack_kernel<T, Source, kDepth, kGroups>,
+                           kPackBytes<T, kStreams, kDepth, kGroups>,
+                           spans_of<T, kGroups>(selection.n), kMostBlocks, source, made, selection);
   });
 }
 

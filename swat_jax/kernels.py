@@ -37,7 +37,7 @@ OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "fold")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Sizes that the handlers check: `selection_words` and `Cut::words` in ops/.
-_CONTROL_WORDS, _SPAN = 2 * (15 + 2 * 2**12 + 3 * 2 * 256) + 1, 4096
+_CONTROL_WORDS, _SPAN = 2 * (15 + 2 * 2**12 + 3 * 2 * 256), 4096
 _MOST_CHUNKS, _LEAST_ROWS = 396, 128
 # From this many values on the twins would need 64-bit integers.
 _TWIN_LIMIT = 2**31

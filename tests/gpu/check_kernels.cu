@@ -294,15 +294,9 @@ class Problem {
     selection.packed.offsets = plain_offsets_.get();
     selection.packed.overflow = plain_overflow_.get();
     const Values<T> made(y_.get(), n_);
-    const int64_t spans = spans_of<T, 1>(n_);
-    check_cuda(launch_together(stream_, pack_kernel<T, Values<T>, 1, 1>, pack_bytes<T, 1, 1, 1>(),
-                               spans, kMostBlocks, made, made, selection),
+    check_cuda(launch_together(stream_, pack_kernel<T, Values<T>, 1, 1>, kPackBytes<T, 1, 1, 1>,
+                               spans_of<T, 1>(n_), kMostBlocks, made, made, selection),
                "pack in short spans");
-    check_cuda(launch_together(stream_, overflow_kernel<T, 1, 1>,
-                               std::max(kCountBytes + Streams<T, 1, 1>::kBytes,
-                                        pack_bytes<T, 1, 1, 1>()),
-                               spans, kMostBlocks, made, selection),
-               "overflow in short spans");
   }
 
   // By the rules of swat_jax/sparsity/packing.py, from the device's own y.
