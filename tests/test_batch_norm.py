@@ -111,12 +111,11 @@ def test_dropout_after_the_relu(readers):
         y = jnp.where(flags, written_out(x, scale, bias, None, True, None) / 0.6, 0)
         return *(y,) * readers, x
 
+    results = []
     for function in (fused, plain):
         values, pullback = jax.vjp(function, x, scale, bias)
-        results = jax.tree.leaves((values, pullback(tuple(dys[: readers + 1]))))
-        if function is fused:
-            found = results
-    for a, b in zip(found, results, strict=True):
+        results.append(jax.tree.leaves((values, pullback(tuple(dys[: readers + 1])))))
+    for a, b in zip(*results, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * float(jnp.max(jnp.abs(b))))
     # Beside its input and vectors one bit per value, which says what passes.
     residuals = jax.tree.leaves(jax.vjp(fused, x, scale, bias)[1])
