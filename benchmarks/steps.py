@@ -1,6 +1,6 @@
 """Training steps of whole networks: time and peak memory, sparse against dense.
 
-    python benchmarks/steps.py --output docs/results/steps_h200.json
+    python benchmarks/steps.py --output docs/results/steps_h100.json
     python benchmarks/steps.py --networks imagenet_resnet50:256 --methods dense u90 --rounds 3
     python benchmarks/steps.py --merge some.json others.json --output all.json
 
@@ -310,7 +310,10 @@ def report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def merge(files: Sequence[str]) -> dict[str, Any]:
-    """One report of several; a row of a later file replaces the same one of an earlier file."""
+    """One report of several, in the order of `NETWORKS` and `METHODS`.
+
+    A row of a later file replaces the same one of an earlier file.
+    """
     reports = [json.loads(pathlib.Path(file).read_text()) for file in files]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file, one in zip(files, reports, strict=True):
@@ -319,6 +322,14 @@ def merge(files: Sequence[str]) -> dict[str, Any]:
                 sys.exit(f"{file}: {key} is {one.get(key)}, in {files[0]} {reports[0].get(key)}")
         for found in (*one["failed"], *one["steps"]):
             rows[found["network"], found["batch"], found["method"]] = found
+    networks, methods = list(NETWORKS), list(METHODS)
+
+    def place(row: tuple[Any, ...]) -> tuple[int, int]:
+        network = f"{row[0]}:{row[1]}"
+        known = network in networks
+        return networks.index(network) if known else len(networks), methods.index(row[2])
+
+    rows = {row: rows[row] for row in sorted(rows, key=place)}
     return {
         **reports[-1],
         "steps": [found for found in rows.values() if "error" not in found],
