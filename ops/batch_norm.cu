@@ -315,9 +315,11 @@ ffi::Error gradient_sums(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer d
                     is_wide(gradients.x) && is_wide(gradients.dy) && is_wide(gradients.dy2) &&
                         is_wide(gradients.dz));
       const bool octets = cut.width == kOctet;
-      auto kernel = octets ? gradient_sums_kernel<T, kOctet, true> : gradient_sums_kernel<T, 1, true>;
+      auto kernel = octets ? gradient_sums_kernel<T, kOctet, true>
+                           : gradient_sums_kernel<T, 1, true>;
       // Fewer registers, which are scarce.
-      if (octets && gradients.dz == nullptr && factor == 1.f) kernel = gradient_sums_kernel<T, kOctet, false>;
+      const bool keeps = gradients.dz != nullptr || factor != 1.f;
+      if (octets && !keeps) kernel = gradient_sums_kernel<T, kOctet, false>;
       const FinishGradientSums finish{
           gradients.parameters, static_cast<float*>(sum->untyped_data()) + b * channels,
           static_cast<float*>(sum_normalized->untyped_data()) + b * channels};

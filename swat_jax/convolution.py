@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 # Tensor cores take input channels by so many; images have three.
 _CHANNELS = 8
@@ -40,7 +41,7 @@ class Convolution:
 
     def __call__(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
         """The product of x (N, *spatial, in) and kernel (*window, in / groups, out)."""
-        if self.folds and self._can_fold(kernel):
+        if self.folds and self._can_fold(kernel) and not _has_explicit_axes(x):
             return self.folded(x, kernel)
         last = x.ndim - 1
         image = (0, last, *range(1, last))
@@ -93,6 +94,11 @@ class Convolution:
         plain = dataclasses.replace(self, folds=False, strides=(1,) * len(axes), padding="VALID")
         kernel = _fold(kernel[None], taps, self.strides, axis=-2)[0]
         return plain(_fold(x, blocks, self.strides, axis=-1), kernel)
+
+
+def _has_explicit_axes(x: jax.Array) -> bool:
+    """Whether the type of ``x`` says how it is sharded; reshaping would have to say it, too."""
+    return AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
 
 
 def _fold(x: jax.Array, blocks: list[int], strides: tuple[int, ...], axis: int) -> jax.Array:

@@ -25,14 +25,14 @@ class Dropout(nnx.Dropout):
             return super().__call__(inputs, deterministic=deterministic, rngs=rngs)
         return functional.dropout(inputs, self._key(source), self.rate)
 
-    def draw(self, shape: Sequence[int]) -> jax.Array | None:
-        """Which values a call would keep, booleans, for whoever drops the others.
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` can stand for a call: it drops, value by value, and has keys to do so."""
+        active = not self.deterministic and 0 < self.rate < 1
+        return active and not self.broadcast_dims and self.rngs is not None
 
-        None where the layer has to be called itself: it rests, drops in another way, or has no
-        source of keys.
-        """
-        if self.deterministic or self.broadcast_dims or not 0 < self.rate < 1 or self.rngs is None:
-            return None
+    def draw(self, shape: Sequence[int]) -> jax.Array:
+        """Which values a call would keep, booleans, for whoever drops the others in its place."""
         return functional.dropout_mask(self._key(self.rngs), self.rate, shape)
 
     def _key(self, source: Any) -> jax.Array:

@@ -464,7 +464,14 @@ def batch_norm_relu(
         raise UsageError(f"readers must be at least 1, got {readers}")
     if kept is not None and (residual is not None or not relu):
         raise UsageError("kept must be None where there is a residual, or no ReLU")
+    words = (packing.bitmap_words(x.size),)
+    if kept is not None and (kept.shape != words or kept.dtype != jnp.uint32):
+        raise UsageError(
+            f"kept must be a bitmap of x, uint32{list(words)}; got {kept.dtype}{list(kept.shape)}"
+        )
     _check_rate(dropout_rate)
+    if kept is None and dropout_rate:
+        raise UsageError(f"dropout_rate must be 0 where kept is None, got {dropout_rate}")
     rule = _NormRule(
         relu=relu,
         epsilon=epsilon,

@@ -314,9 +314,9 @@ class _Observer:
             activations += 4 * packing.bitmap_words(x.size)
         statistics = 2 * x.shape[-1] * jnp.promote_types(x.dtype, jnp.float32).itemsize
         self._records.append(Kept(path, "norm", what, activations + statistics))
-        fuses = isinstance(layer, BatchNormRelu) and isinstance(dropout, Dropout)
-        if fuses and relu and residual is None:  # the layer is not called
-            self._dropout(self._paths[id(dropout)], dropout, x)
+        if isinstance(layer, BatchNormRelu) and layer.fuses(dropout, residual, relu):
+            # The dropout layer is not called.
+            self._dropout(self._paths.get(id(dropout), path), dropout, x)
 
     def _dropout(self, path: str, layer: Any, x: jax.Array, *_: Any, **__: Any) -> None:
         if 0 < layer.rate < 1:

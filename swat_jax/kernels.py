@@ -3,7 +3,8 @@
 Each op is defined by its jax.numpy twin (`swat_jax.sparsity.top_k`, `swat_jax.sparsity.packing`,
 `swat_jax.batch_norm`, `swat_jax.max_pool`). The backend "xla" is the twin itself, compiled by XLA,
 and runs everywhere. The backend "cuda" calls the kernels of `ops/` on NVIDIA GPUs, and the twin on
-other devices and for float64.
+other devices and for float64. With it goes "fold", which is no kernel but another way to ask cuDNN
+for one of its own (`swat_jax.convolution`).
 
 Environment:
   SWAT_JAX_BACKEND: ``cuda`` or ``xla``; by default ``cuda`` where there is a GPU and the library.
@@ -71,7 +72,8 @@ def packs() -> bool:
 def folds(dtype: Any) -> bool:
     """Whether convs of few channels are computed as `swat_jax.convolution.Convolution.folded`.
 
-    It is another order of the same sums, written for cuDNN; no kernel of ours.
+    It is another order of the same sums, written for cuDNN. The backend decides, whatever device
+    the program is compiled for.
     """
     return _has_kernel("fold", dtype)
 

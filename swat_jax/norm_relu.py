@@ -86,45 +86,58 @@ class BatchNormRelu(NormRelu):
         before: bool = False,
         dropout: Any = None,
     ) -> Branches:
-        """As `NormRelu`; in evaluation mode nothing is packed."""
-        kept, rate = None, 0.0
-        if isinstance(dropout, Dropout) and relu and residual is None:
-            kept, rate = dropout.draw(x.shape), dropout.rate
-        if dropout is not None and kept is None:
-            out: Any = self(x, residual, relu=relu, dense=True, before=before)
-            y = branch(dropout(out.dense), readers=readers, dense=dense)
-            return Branches(readers=y.readers, dense=y.dense, before=out.before)
+        """As `NormRelu`; in evaluation mode nothing is packed.
+
+        A `swat_jax.dropout.Dropout` is asked for its mask and not called, where `fuses` says so.
+        """
         assert self.scale is not None
         assert self.bias is not None
         x = x.astype(self.dtype or jnp.result_type(x, self.scale[...], self.bias[...]))
+        options: Any = {"residual": residual, "relu": relu, "returns_input": before}
+        if dropout is not None and (dropout.deterministic or dropout.rate == 0):
+            dropout = None
+        if dropout is not None:
+            if not self.fuses(dropout, residual, relu):
+                out = self._normalize(x, **options)
+                rest = branch(dropout(out.y[0]), readers=readers, dense=dense)
+                return Branches(readers=rest.readers, dense=rest.dense, before=out.x)
+            kept = packing.to_bitmap(dropout.draw(x.shape))
+            options |= {"kept": kept, "dropout_rate": dropout.rate}
+        choice = _Choice(readers, x)
+        copies = max(1, len(readers) + dense)
+        out = self._normalize(x, readers=copies, selection=choice.selection(), **options)
+        return Branches(
+            readers=choice.activations(out.y, out.packed, out.thresholds),
+            dense=out.y[-1] if dense else None,
+            before=out.x,
+        )
+
+    @staticmethod
+    def fuses(dropout: Any, residual: jax.Array | None, relu: bool) -> bool:
+        """Whether a dropout layer becomes part of the pass."""
+        return isinstance(dropout, Dropout) and dropout.draws and relu and residual is None
+
+    def _normalize(self, x: jax.Array, **options: Any) -> functional.BatchNormOutput:
+        """Calls `functional.batch_norm_relu` with the variables of the layer, and updates them."""
+        assert self.scale is not None
+        assert self.bias is not None
         wide = jnp.promote_types(x.dtype, jnp.float32)
         averages = (self.mean[...].astype(wide), self.var[...].astype(wide))
-        choice = _Choice(readers, x)
         out = functional.batch_norm_relu(
             x,
             self.scale[...].astype(wide),
             self.bias[...].astype(wide),
-            residual=residual,
-            relu=relu,
             epsilon=self.epsilon,
             statistics=averages if self.use_running_average else None,
             axis_name=self.axis_name,
-            readers=max(1, len(readers) + dense),
-            returns_input=before,
-            kept=None if kept is None else packing.to_bitmap(kept),
-            dropout_rate=rate,
-            selection=choice.selection(),
+            **options,
         )
         if not self.use_running_average:
             for average, value in ((self.mean, out.mean), (self.var, out.variance)):
                 old = average[...]
                 mixed = self.momentum * old + (1 - self.momentum) * lax.stop_gradient(value)
                 average[...] = mixed.astype(old.dtype)
-        return Branches(
-            readers=choice.activations(out.y, out.packed, out.thresholds),
-            dense=out.y[-1] if dense else None,
-            before=out.x,
-        )
+        return out
 
 
 def branch(x: jax.Array, *, readers: Sequence[Any] = (), dense: bool = False) -> Branches:

@@ -133,6 +133,31 @@ def test_dropout_is_refused_beside_a_residual_and_without_relu():
         batch_norm_relu(x, scale, bias, relu=False, kept=kept, dropout_rate=0.5)
     with pytest.raises(UsageError, match=r"rate must be at least 0 and below 1, got 1\.0"):
         batch_norm_relu(x, scale, bias, kept=kept, dropout_rate=1.0)
+    with pytest.raises(UsageError, match=r"dropout_rate must be 0 where kept is None, got 0\.5"):
+        batch_norm_relu(x, scale, bias, dropout_rate=0.5)
+    flags = jnp.ones(x.size, bool)
+    for wrong in (flags, kept[1:], kept.astype(jnp.uint8), jnp.ones(SHAPE, bool)):
+        with pytest.raises(UsageError, match=r"kept must be a bitmap of x, uint32\[19\]; got"):
+            batch_norm_relu(x, scale, bias, kept=wrong, dropout_rate=0.5)
+
+
+@pytest.mark.parametrize("rests", ["deterministic", "rate 0"])
+def test_a_dropout_layer_that_rests_leaves_one_pass(rests):
+    dropout = Dropout(0.0 if rests == "rate 0" else 0.5, rngs=nnx.Rngs(0))
+    dropout.deterministic = rests == "deterministic"
+    reader = SwatConv(6, 4, (1, 1), weight_sparsity=0.5, pack=True, rngs=nnx.Rngs(1))
+    layer = BatchNormRelu(6, rngs=nnx.Rngs(0))
+    for one in (reader, layer):
+        one.train()
+    x = operands()[0]
+
+    def branch(*_: Any, **__: Any) -> None:
+        raise AssertionError("packed in a pass of its own")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swat_jax.norm_relu.branch", branch)
+        out = layer(x, readers=[reader], dropout=dropout)
+    assert out.readers[0].packed is not None
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from swat_jax.convolution import Convolution
 from swat_jax.functional import swat_conv
@@ -91,12 +92,27 @@ def test_gradients_of_folding():
 )
 def test_what_cannot_be_folded_is_computed_as_it_is(changes):
     rng = np.random.default_rng(3)
-    x = jnp.asarray(rng.standard_normal((1, 12, 12, 3)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((1, 16, 16, 3)), jnp.float32)
     groups = changes.get("feature_group_count", 1)
     kernel = jnp.asarray(rng.standard_normal((7, 7, 3 // groups, 3)), jnp.float32)
     plain = dataclasses.replace(convolution((2, 2), ((0, 0), (1, 2))), **changes)
     folds = dataclasses.replace(plain, folds=True)
-    np.testing.assert_array_equal(folds(x, kernel), plain(x, kernel))
+    expected = plain(x, kernel)
+    assert expected.size > 0
+    np.testing.assert_array_equal(folds(x, kernel), expected)
+
+
+def test_what_is_sharded_explicitly_is_not_folded(fake_devices):
+    mesh = jax.make_mesh((4,), ("batch",), axis_types=(AxisType.Explicit,))
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((4, 9, 8, 3)).astype(np.float32)
+    kernel = jnp.asarray(rng.standard_normal((5, 5, 3, 2)), jnp.float32)
+    plain = convolution((2, 2), ((2, 2), (2, 2)))
+    folds = dataclasses.replace(plain, folds=True)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+        found = jax.jit(folds)(sharded, kernel)
+    np.testing.assert_allclose(found, plain(jnp.asarray(x), kernel), rtol=1e-5, atol=1e-5)
 
 
 def test_the_backend_decides(monkeypatch):

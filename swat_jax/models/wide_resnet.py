@@ -29,7 +29,6 @@ class WideBlock(nnx.Module):
         self.conv1: Any = make.conv(inputs, width, 3, strides=strides)
         self.norm2 = make.norm_relu(width)
         self.dropout = make.dropout(dropout_rate)
-        self.drops = dropout_rate > 0
         self.conv2: Any = make.conv(width, width, 3)
         self.projects = strides != 1 or inputs != width
         if self.projects:
@@ -39,8 +38,7 @@ class WideBlock(nnx.Module):
         readers = [self.conv1, self.shortcut] if self.projects else [self.conv1]
         active = self.norm1(x, readers=readers, before=not self.projects)
         y = apply(self.conv1, active.readers[0])
-        dropout = self.dropout if self.drops else None
-        y = self.norm2(y, readers=[self.conv2], dropout=dropout)
+        y = self.norm2(y, readers=[self.conv2], dropout=self.dropout)
         y = apply(self.conv2, y.readers[0])
         return y + (apply(self.shortcut, active.readers[1]) if self.projects else active.before)
 

@@ -314,7 +314,7 @@ def test_selection_within_batch_norm(shape, dtype, readers):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mode", ["unpacked", "exact", "given"])
+@pytest.mark.parametrize("mode", ["unpacked", "exact", "given", "given, too low", "two readers"])
 def test_dropout_within_batch_norm(shape, dtype, mode):
     given = norm_inputs(shape, dtype)
     x, size = given["x"], math.prod(shape)
@@ -323,15 +323,17 @@ def test_dropout_within_batch_norm(shape, dtype, mode):
     flags = np.random.default_rng(size).random(shape) < 0.7
     kept = packing.to_bitmap(jnp.asarray(flags))
     options = {"epsilon": 1e-5, "relu": True, "kept": kept, "kept_factor": 1 / 0.7}
-    keep = max(1, size // 10)
-    capacity = packing.capacity(keep, size)
+    keeps = [max(1, size // 10), max(1, size // 20)][: 1 + (mode == "two readers")]
+    capacity = packing.capacity(keeps[0], size)
     expected = batch_norm.normalize(x, vectors, **options)
-    stored = np.array([oracle.threshold(np.asarray(expected).ravel(), keep)], np.float32)
+    stored = np.array([oracle.threshold(np.asarray(expected).ravel(), keeps[0])], np.float32)
+    stored *= np.float32(0.3 if "too low" in mode else 1)
 
     @jax.jit
     def run(x):
-        state = {"is_refresh": jnp.zeros((), bool), "stored": stored} if mode == "given" else {}
-        selection = kernels.Selection(jnp.array([[0, keep]], jnp.uint32), capacity, **state)
+        state = {"is_refresh": jnp.zeros((), bool), "stored": stored} if "given" in mode else {}
+        words = jnp.array([[0, keep] for keep in keeps], jnp.uint32)
+        selection = kernels.Selection(words, capacity, **state)
         selection = None if mode == "unpacked" else selection
         return kernels.batch_norm_relu(x, vectors, **options, keeps_signs=True, selection=selection)
 
@@ -342,9 +344,11 @@ def test_dropout_within_batch_norm(shape, dtype, mode):
     np.testing.assert_array_equal(found.positive, batch_norm.positive(found.y))
     if mode != "unpacked":
         y = np.asarray(found.y).ravel()
-        if mode == "exact":
-            same(found.thresholds, np.array([oracle.threshold(y, keep)], np.float32))
-        check_packed(found.packed, y, np.asarray(found.thresholds)[0], capacity, mode)
+        exact = np.array([oracle.threshold(y, keep) for keep in keeps], np.float32)
+        kept_by_stored = np.sum((np.abs(y.astype(np.float32)) >= stored[0]) & (y != 0))
+        given_is_used = "given" in mode and kept_by_stored <= capacity
+        same(found.thresholds, stored if given_is_used else exact)
+        check_packed(found.packed, y, np.asarray(found.thresholds).min(), capacity, mode)
     sums = {"epsilon": 1e-5, "relu": True, "keeps_dz": True, "factor": 1 / 0.7}
     total, moment, dz = jax.jit(functools.partial(kernels.batch_norm_gradient_sums, **sums))(
         x, [given["dy"]], found.positive, vectors
@@ -377,23 +381,30 @@ def test_more_kept_than_there_is_room_for():
         check_packed(found.packed, y, limit, 1000, str(dtype))
 
 
-def test_vmapped_batch_norm():
+@pytest.mark.parametrize("drops", [True, False])
+def test_vmapped_batch_norm(drops):
     x = jnp.stack([norm_inputs((333, 24), jnp.bfloat16, seed)["x"] for seed in range(3)])
+    flags = jnp.asarray(np.random.default_rng(0).random(x.shape) < 0.7)
     scale, bias = jnp.ones(24), jnp.zeros(24)
 
-    def both(x):
+    def both(x, flags):
         mean, variance = kernels.batch_norm_statistics(x)
         vectors = batch_norm.Vectors(mean, variance, scale, bias)
         selection = kernels.Selection(jnp.array([[0, 700]], jnp.uint32), 800)
-        result = kernels.batch_norm_relu(x, vectors, epsilon=1e-5, relu=True, selection=selection)
-        sums = kernels.batch_norm_gradient_sums(
-            x, [result.y], None, vectors, epsilon=1e-5, relu=True
+        dropout = {"kept": packing.to_bitmap(flags), "kept_factor": 1 / 0.7} if drops else {}
+        options = {"epsilon": 1e-5, "relu": True}
+        result = kernels.batch_norm_relu(
+            x, vectors, **options, **dropout, keeps_signs=drops, selection=selection
         )
+        sums = kernels.batch_norm_gradient_sums(
+            x, [result.y], result.positive, vectors, **options, keeps_dz=drops,
+            factor=1 / 0.7 if drops else 1.0,
+        )  # fmt: skip
         return mean, variance, result, sums
 
-    many = jax.jit(jax.vmap(both))(x)
+    many = jax.jit(jax.vmap(both))(x, flags)
     for i in range(3):
-        one = jax.jit(both)(x[i])
+        one = jax.jit(both)(x[i], flags[i])
         jax.tree.map(lambda a, b, i=i: same(a, np.asarray(b)[i]), one, many)
 
 
