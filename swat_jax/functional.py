@@ -363,9 +363,7 @@ def _product_backward(
         x = kernels.unpack(x, residuals.least)
     (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), x)(dy)
     (dw,) = jax.linear_transpose(lambda value: rule.product(x, value), kernel)(dy)
-    # cuDNN returns it in another layout. Flat, it has that of the weights: an update that reads it
-    # across its layout is slow, and not made in place; its results would be copied.
-    dw = lax.optimization_barrier(dw.ravel()).reshape(dw.shape)
+    dw = kernels.settled_gradient(dw)
     return dx, dw.astype(rule.kernel_dtype), None, None, None
 
 

@@ -78,6 +78,17 @@ def folds(dtype: Any) -> bool:
     return _has_kernel("fold", dtype)
 
 
+def settled_gradient(dw: jax.Array) -> jax.Array:
+    """The gradient of weights as it is, but on a GPU laid out as they are before anyone reads it.
+
+    cuDNN returns it in another layout. An update that reads it across its layout is slow, and is
+    not made in place: XLA copies new weights and momentum. Flat, it has one layout only.
+    """
+    if backend() != "cuda":
+        return dw
+    return lax.optimization_barrier(dw.ravel()).reshape(dw.shape)
+
+
 def threshold(x: jax.Array, keep: top_k.Count) -> jax.Array:
     """The ``keep``-th largest magnitude; see `swat_jax.sparsity.top_k.threshold`.
 

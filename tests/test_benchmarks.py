@@ -175,7 +175,7 @@ def test_rows_are_the_best_round_beside_dense_in_the_group(load):
     assert [row["error"] for row in report["failed"]] == ["why"]
 
 
-def test_reports_are_joined_by_the_latest_row(load, tmp_path):
+def test_reports_are_joined_by_the_latest_row_in_the_order_of_methods(load, tmp_path):
     steps = load("steps")
     row = {"network": "n", "batch": 2, "method": "u90"}
     files = []
@@ -185,7 +185,7 @@ def test_reports_are_joined_by_the_latest_row(load, tmp_path):
         files.append(tmp_path / f"{number}.json")
         files[-1].write_text(json.dumps(found))
     joined = steps.merge(files)["steps"]
-    assert [(one["method"], one["ms"]) for one in joined] == [("u90", 2), ("u80", 1)]
+    assert [(one["method"], one["ms"]) for one in joined] == [("u80", 1), ("u90", 2)]
     files[1].write_text(json.dumps({"device": "e", "versions": {}, "steps": [], "failed": []}))
     with pytest.raises(SystemExit, match="device is e"):
         steps.merge(files)

@@ -126,3 +126,14 @@ def test_what_is_kept_is_never_more_than_fits():
         packed, limits = jax.jit(kernels.select)(x, selection)
         assert limits[0] == oracle.threshold(np.asarray(x), 44)
         assert int(packed.overflow) == 0
+
+
+@pytest.mark.parametrize("backend", ["xla", "cuda"])
+def test_gradients_of_weights_are_settled_for_gpus_only(backend, monkeypatch):
+    """Elsewhere a barrier would round what XLA need not round."""
+    monkeypatch.setattr(kernels, "backend", lambda: backend)
+    dw = jnp.arange(12.0).reshape(2, 3, 2)
+    # A new function each time: JAX remembers what it traced.
+    traced = jax.make_jaxpr(lambda dw: kernels.settled_gradient(dw))(dw)
+    assert ("optimization_barrier" in str(traced)) == (backend == "cuda")
+    np.testing.assert_array_equal(kernels.settled_gradient(dw), dw)
