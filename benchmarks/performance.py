@@ -66,10 +66,8 @@ def ops_section(found: dict[str, Any]) -> str:
         verdict = "" if row["op"] in NOT_OURS else f"{mark:.0%}: "
         # The printed share decides: what reads as 60 % must not be called a miss of 60 %.
         verdict += "" if not verdict else "met" if round(share, 2) >= mark else "missed"
-        lines.append(
-            f"| {row['op']} | {row['ms']:.3f} | {row['bytes'] / 1e9:.2f} | "
-            f"{row['gb_per_s']:.0f} | {share:.0%} | {verdict} |"
-        )
+        moved, rate = f"{row['bytes'] / 1e9:.2f}", f"{row['gb_per_s']:.0f}"
+        lines.append(line_of(row["op"], f"{row['ms']:.3f}", moved, rate, f"{share:.0%}", verdict))
     lines += ["", *sorting_lines()]
     sizes = sorted({row["values"] for row in rows})
     lines += [
@@ -78,7 +76,7 @@ def ops_section(found: dict[str, Any]) -> str:
         "repetitions, and the smallest ones show what a launch costs. The copy is timed from the",
         "host, which is too slow for sizes below the largest; it is left out there.",
         "",
-        "| op | " + " | ".join(f"{size / 1e6:.0f}" for size in sizes) + " |",
+        line_of("op", *(f"{size / 1e6:.0f}" for size in sizes)),
         "|---" * (len(sizes) + 1) + "|",
     ]
     for op in at_largest:
@@ -87,7 +85,7 @@ def ops_section(found: dict[str, Any]) -> str:
             f"{by_size[size]:.3f}" if size in by_size and (op != "copy" or size == largest) else ""
             for size in sizes
         ]
-        lines.append(f"| {op} | " + " | ".join(shown) + " |")
+        lines.append(line_of(op, *shown))
     return "\n".join(lines)
 
 

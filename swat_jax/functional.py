@@ -467,7 +467,7 @@ def batch_norm_relu(
         raise UsageError(
             f"kept must be a bitmap of x, uint32{list(words)}; got {kept.dtype}{list(kept.shape)}"
         )
-    _check_rate(dropout_rate)
+    _check_rate("dropout_rate", dropout_rate)
     if kept is None and dropout_rate:
         raise UsageError(f"dropout_rate must be 0 where kept is None, got {dropout_rate}")
     rule = _NormRule(
@@ -711,7 +711,7 @@ def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     Source: Srivastava et al., "Dropout", 2014.
     """
     _check_floats("x", x)
-    _check_rate(rate)
+    _check_rate("rate", rate)
     return _dropout(1 - rate, x, dropout_mask(key, rate, x.shape))
 
 
@@ -720,9 +720,9 @@ def dropout_mask(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array
     return jax.random.bernoulli(key, 1 - rate, shape)
 
 
-def _check_rate(rate: float) -> None:
+def _check_rate(name: str, rate: float) -> None:
     if not 0 <= rate < 1:
-        raise UsageError(f"rate must be at least 0 and below 1, got {rate}")
+        raise UsageError(f"{name} must be at least 0 and below 1, got {rate}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

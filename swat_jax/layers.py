@@ -199,18 +199,17 @@ class _SwatLayer(nnx.Module):
             selection["packed"] = given.packed
             if given.filters:
                 selection["activation_threshold"] = given.threshold
+        elif self.packs:
+            packed, limits = kernels.select(x, selection_for([self], [activation_keep], x))
+            self.keep_threshold(limits[0])
+            selection["packed"] = packed
+            given = Activation(given.x, packed, limits[0])
+        elif self.activation_threshold is None:
+            selection["activation_keep"] = activation_keep
         else:
-            if self.packs:
-                packed, limits = kernels.select(x, selection_for([self], [activation_keep], x))
-                self.keep_threshold(limits[0])
-                selection["packed"] = packed
-                given = Activation(given.x, packed, limits[0])
-            elif self.activation_threshold is None:
-                selection["activation_keep"] = activation_keep
-            else:
-                selection["activation_threshold"] = self._refresh(
-                    self.activation_threshold, x, activation_keep
-                )
+            selection["activation_threshold"] = self._refresh(
+                self.activation_threshold, x, activation_keep
+            )
         if self.threshold_age is not None:
             self.threshold_age[...] = (self.threshold_age[...] + 1) % self.threshold_every_steps
         if self.measure:

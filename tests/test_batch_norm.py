@@ -131,7 +131,7 @@ def test_dropout_is_refused_beside_a_residual_and_without_relu():
         batch_norm_relu(x, scale, bias, residual=residual, kept=kept, dropout_rate=0.5)
     with pytest.raises(UsageError, match="kept must be None where there is a residual, or no ReLU"):
         batch_norm_relu(x, scale, bias, relu=False, kept=kept, dropout_rate=0.5)
-    with pytest.raises(UsageError, match=r"rate must be at least 0 and below 1, got 1\.0"):
+    with pytest.raises(UsageError, match=r"dropout_rate must be at least 0 and below 1, got 1\.0"):
         batch_norm_relu(x, scale, bias, kept=kept, dropout_rate=1.0)
     with pytest.raises(UsageError, match=r"dropout_rate must be 0 where kept is None, got 0\.5"):
         batch_norm_relu(x, scale, bias, dropout_rate=0.5)
