@@ -33,7 +33,15 @@ struct Normalize {
   float own[2][kOctet];  // of this thread, if kFixed
 
   __device__ void prepare() {
-    if constexpr (kFixed) find_own(threadIdx.x * kOctet, own);
+    if constexpr (kFixed) {
+      uint32_t c = channels(threadIdx.x * kOctet);
+#pragma unroll
+      for (int j = 0; j < kOctet; ++j) {
+        own[0][j] = parameters.factor(c);
+        own[1][j] = parameters.shift(c);
+        if (++c == channels.divisor) c = 0;
+      }
+    }
   }
   template <typename Queue>
   __device__ void request(const Queue& queue, int turn, int64_t i, bool whole = false) const {
@@ -49,17 +57,14 @@ struct Normalize {
     uint32_t bits = 0;
     if constexpr (kResidual) added = queue.take(turn, 1);
     if constexpr (kDrops) bits = queue.take_word(turn, 1) >> (i % 32);
-    return make(queue.take(turn, 0), added, bits, i, own, whole);
+    return make(queue.take(turn, 0), added, bits, i, whole);
   }
   __device__ Octet<T> peek(int64_t i) const {
     Octet<T> added;
     uint32_t bits = 0;
     if constexpr (kResidual) added = load(residual, i, n, wide);
     if constexpr (kDrops) bits = load_bits(kept, i, n);
-    // A sample may meet other channels than the walk.
-    float other[2][kOctet];
-    if constexpr (kFixed) find_own(i, other);
-    return make(load(x, i, n, wide), added, bits, i, other, false);
+    return make(load(x, i, n, wide), added, bits, i, false);
   }
   __device__ void keep(const Octet<T>& octet, int64_t i, bool whole = false) const {
     store(octet, y, i, n, wide, whole);
@@ -67,17 +72,8 @@ struct Normalize {
   }
 
  private:
-  __device__ void find_own(int64_t i, float (&to)[2][kOctet]) const {
-    uint32_t c = channels(i);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) {
-      to[0][j] = parameters.factor(c);
-      to[1][j] = parameters.shift(c);
-      if (++c == channels.divisor) c = 0;
-    }
-  }
   __device__ Octet<T> make(const Octet<T>& given, const Octet<T>& added, uint32_t bits, int64_t i,
-                           const float (&fixed)[2][kOctet], bool whole) const {
+                           bool whole) const {
     float loaded[2][kOctet], values[kOctet], more[kOctet];
     if constexpr (!kFixed) load_coefficients(coefficients, channels, i, loaded);
     to_floats(given, values);
@@ -85,7 +81,7 @@ struct Normalize {
 #pragma unroll
     for (int j = 0; j < kOctet; ++j) {
       if constexpr (kFixed) {
-        values[j] = normalized(values[j], fixed[0][j], fixed[1][j]);
+        values[j] = normalized(values[j], own[0][j], own[1][j]);
       } else {
         values[j] = normalized(values[j], loaded[0][j], loaded[1][j]);
       }
@@ -227,7 +223,6 @@ ffi::Error batch_norm_relu(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer
         selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
                                             offsets->untyped_data(), overflow->untyped_data());
         const Values<T> made(source.y, n);
-        SWAT_RETURN_IF_ERROR(cuda_error(kOp, search(stream, source, made, selection)));
         SWAT_RETURN_IF_ERROR(cuda_error(kOp, pack(stream, source, made, selection)));
       }
       return ffi::Error::Success();

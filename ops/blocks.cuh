@@ -50,15 +50,4 @@ __device__ __forceinline__ uint64_t block_scan(uint64_t value, uint64_t (&totals
   return before + in_warp;
 }
 
-// Whether this block is the last of the grid to get here; all that the others wrote is visible.
-__device__ __forceinline__ bool is_last_block(uint32_t* arrived, uint32_t blocks, uint32_t& shared) {
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) shared = atomicAdd(arrived, 1u);
-  __syncthreads();
-  const bool last = shared == blocks - 1;
-  if (last) __threadfence();
-  return last;
-}
-
 }  // namespace swat

@@ -72,6 +72,13 @@ ffi::Error with_type(const char* op, const char* name, ffi::DataType type, Body&
   }
 }
 
+// Positions and counts are 32-bit words.
+inline ffi::Error check_size(const char* op, const char* name, int64_t n) {
+  if (n < (int64_t{1} << 32)) return ffi::Error::Success();
+  return invalid(std::string(op) + ": " + name + " must have fewer than 2**32 values, got " +
+                 std::to_string(n));
+}
+
 // Leading axes are independent problems (`jax.vmap`); the last `rank` axes are one problem.
 template <typename Buffer>
 ffi::Error split_batch(const char* op, const char* name, Buffer& buffer, size_t rank,

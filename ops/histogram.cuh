@@ -20,6 +20,14 @@ constexpr int kBins = 1 << 12;
 constexpr int kSampleOctets = 4;  // of a thread
 constexpr int kSample = kSampleOctets * kTile;
 constexpr int64_t kLeastSampled = int64_t{1} << 18;
+// A guess looks at so many octets of a thread, two million values on a large device. Smaller tensors
+// are searched faster than guessed at.
+constexpr int kGuessOctets = 4;
+#ifdef SWAT_JAX_LEAST_GUESSED
+constexpr int64_t kLeastGuessed = SWAT_JAX_LEAST_GUESSED;
+#else
+constexpr int64_t kLeastGuessed = int64_t{1} << 23;
+#endif
 
 // The digits of a magnitude that are counted one after the other: how wide each is, and where the
 // digits of 31-bit magnitudes begin. Those of 15-bit magnitudes are the first two.
@@ -33,17 +41,27 @@ __device__ constexpr int kDigitShift[kMostDigits] = {19, 16, 8, 0};
 template <typename T>
 constexpr int kLowBits = sizeof(T) == 2 ? 0 : 16;
 
-// Device state of one search. It starts as zeros.
-struct Search {
-  uint32_t blocks_done[1 + kMostDigits];
-  uint32_t again;      // whether the sample misled
-  float limit;         // of several thresholds the smallest
-  uint32_t above, at;  // how many values are larger than the limit, and equal to it
-  // State between the digits.
-  uint32_t prefix[kMaxSelections], rank[kMaxSelections], larger[kMaxSelections];
+// Counts of all blocks in device memory, for one search. They start as zeros.
+struct Counts {
   uint32_t sampled[kBins];
   uint32_t first[kBins];  // the first digit; the others depend on the digits before them
   uint32_t others[kMostDigits - 1][kMaxSelections][256];
+};
+
+// For one guess.
+struct GuessCounts {
+  uint32_t sampled[kBins];
+};
+
+// What a search has found, the same in every thread.
+struct Found {
+  float limit = 0.f;           // of several thresholds the smallest
+  uint32_t above = 0, at = 0;  // how many values are larger than the limit, and equal to it
+};
+
+// A search between the digits, the same in every thread.
+struct Progress {
+  uint32_t prefix[kMaxSelections] = {}, rank[kMaxSelections] = {}, above[kMaxSelections] = {};
 };
 
 // How many values are to be kept: on the device ([high, low] words) or known here.
@@ -55,6 +73,11 @@ struct Ranks {
     if (words == nullptr || words[2 * s] != 0) return most;
     return min(words[2 * s + 1], most);
   }
+  __device__ uint32_t largest() const {
+    uint32_t largest = 0;
+    for (int s = 0; s < count; ++s) largest = max(largest, (*this)(s));
+    return largest;
+  }
 };
 
 struct Selected {
@@ -63,51 +86,60 @@ struct Selected {
 
 struct SelectScratch {
   uint64_t totals[kWarps];
-  uint32_t groups[kThreads];
   Selected result;
 };
 
-// Shared memory of a search: counts of a block, later the selection, then the queues of a Source.
+// Shared memory of a search: counts, then the queues of a Source or what a selection needs.
 constexpr size_t kCountBytes = kBins * sizeof(uint32_t);
-static_assert(sizeof(SelectScratch) <= kCountBytes);
-
-// The largest key of which at least `rank` values are as large or larger. If there are fewer values,
-// key 0; for rank 0, `top`. All threads of one block; other blocks added to `counts`.
-__device__ inline Selected select(const uint32_t* counts, int bins, uint32_t rank, uint32_t top,
-                                  SelectScratch& scratch) {
-  const auto count = [=](int key) { return key < bins ? __ldcg(counts + key) : 0; };
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int width = (bins + kThreads - 1) / kThreads;  // of a group of bins
-  if (width == 1) {
-    scratch.groups[threadIdx.x] = count(static_cast<int>(threadIdx.x));
-  } else {
-    for (int group = warp; group < kThreads; group += kWarps) {
-      uint32_t sum = 0;
-      for (int i = lane; i < width; i += 32) sum += count(group * width + i);
-      sum = warp_sum(sum);
-      if (lane == 0) scratch.groups[group] = sum;
+struct SearchMemory {
+  uint32_t* counts;
+  uint4* queues;
+  SelectScratch* scratch;
+  __device__ explicit SearchMemory(uint4* shared)
+      : counts(reinterpret_cast<uint32_t*>(shared)), queues(shared + kCountBytes / sizeof(uint4)),
+        scratch(reinterpret_cast<SelectScratch*>(queues)) {}
+  __device__ void clear(int bins) const {
+    for (int i = threadIdx.x; i < bins; i += kThreads) counts[i] = 0;
+    __syncthreads();
+  }
+  // Adds what this block counted to the counts of all blocks.
+  __device__ void add_to(uint32_t* all, int from, int bins) const {
+    for (int i = threadIdx.x; i < bins; i += kThreads) {
+      if (counts[from + i] != 0) atomicAdd(&all[i], counts[from + i]);
     }
   }
-  __syncthreads();
-  // Thread t looks at group kThreads - 1 - t, so that sums come from the top down.
-  const int group = kThreads - 1 - static_cast<int>(threadIdx.x);
-  const uint32_t own = scratch.groups[group];
+};
+
+// The largest key of which at least `rank` values are as large or larger. If there are fewer values,
+// key 0; for rank 0, `top`. All threads of one block, which counted in shared memory. A thread looks
+// at kWidth bins, the first thread at the highest, so that sums come from the top down.
+template <int kWidth>
+__device__ Selected select_here(const SearchMemory& memory, uint32_t rank, uint32_t top) {
+  SelectScratch& scratch = *memory.scratch;
+  const uint32_t first = (kThreads - 1 - threadIdx.x) * kWidth;
+  uint32_t own[kWidth], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    own[i] = memory.counts[first + i];
+    sum += own[i];
+  }
   uint64_t total;
-  const uint64_t above = block_scan(own, scratch.totals, total);
+  const uint64_t above = block_scan(sum, scratch.totals, total);
   if (threadIdx.x == 0) {
     scratch.result = {0, static_cast<uint32_t>(total), 0};  // fewer than asked for
-    if (rank == 0) scratch.result = {top, 0, count(static_cast<int>(top))};
+    if (rank == 0) scratch.result = {top, 0, memory.counts[top]};
   }
   __syncthreads();
-  if (rank != 0 && above < rank && above + own >= rank) {
+  if (rank != 0 && above < rank && above + sum >= rank) {
     uint32_t larger = static_cast<uint32_t>(above);
-    for (int key = (group + 1) * width - 1;; --key) {
-      const uint32_t here = count(key);
-      if (larger + here >= rank) {
-        scratch.result = {static_cast<uint32_t>(key), larger, here};
-        break;
+    bool found = false;
+#pragma unroll
+    for (int i = kWidth - 1; i >= 0; --i) {
+      if (!found && larger + own[i] >= rank) {
+        scratch.result = {first + i, larger, own[i]};
+        found = true;
       }
-      larger += here;
+      larger += own[i];
     }
   }
   __syncthreads();
@@ -116,20 +148,30 @@ __device__ inline Selected select(const uint32_t* counts, int bins, uint32_t ran
   return result;
 }
 
+// The same from what all blocks counted: every block selects for itself, which takes less than to
+// wait for one that does.
+__device__ inline Selected select(const SearchMemory& memory, const uint32_t* all, int bins,
+                                  uint32_t rank, uint32_t top) {
+  const int most = bins > kThreads ? kBins : kThreads;
+  for (int i = threadIdx.x; i < most; i += kThreads) {
+    memory.counts[i] = i < bins ? __ldcg(all + i) : 0;
+  }
+  __syncthreads();
+  return bins > kThreads ? select_here<kBins / kThreads>(memory, rank, top)
+                         : select_here<1>(memory, rank, top);
+}
+
 // A rank that is not reached: there are fewer values than were asked for, and 0 is right.
 constexpr uint32_t kTooFew = 0xffffffffu;
 
-// By one thread, for one selection after the other: a threshold is found.
+// For one selection after the other: a threshold is found.
 template <typename T>
-__device__ void conclude(Search* search, int s, uint32_t found, uint32_t above, uint32_t at,
+__device__ void conclude(Found& found, int s, uint32_t key, uint32_t above, uint32_t at,
                          float* thresholds) {
-  const float threshold = found >= Format<T>::kNan ? __uint_as_float(0x7fc00000u)
-                                                   : Format<T>::from_magnitude(found);
-  if (thresholds != nullptr) thresholds[s] = threshold;
-  if (s != 0 && magnitude(threshold) >= magnitude(search->limit)) return;
-  search->limit = threshold;
-  search->above = above;
-  search->at = at;
+  const float threshold = key >= Format<T>::kNan ? __uint_as_float(0x7fc00000u)
+                                                 : Format<T>::from_magnitude(key);
+  if (thresholds != nullptr && blockIdx.x == 0 && threadIdx.x == 0) thresholds[s] = threshold;
+  if (s == 0 || magnitude(threshold) < magnitude(found.limit)) found = {threshold, above, at};
 }
 
 // The rank in the sample at which far more values than wanted are sure to be counted: twelve
@@ -140,174 +182,195 @@ __device__ inline uint32_t sample_rank(uint32_t rank, int64_t n) {
 }
 
 // A key (but 0) that about `rank` values of the sample reach, at least; the same in every block.
-template <typename T, typename Source>
+template <typename T, int kDepth, typename Source>
 __device__ uint32_t sample_bound(const Source& source, int64_t n, uint32_t rank,
-                                 uint32_t (&counts)[2]) {
-  const int64_t stride = n / kOctet / (kSampleOctets * kThreads);
-  uint32_t keys[kSampleOctets * kOctet];
-#pragma unroll
-  for (int k = 0; k < kSampleOctets; ++k) {
-    const Octet<T> octet = source.peek((k * kThreads + threadIdx.x) * stride * kOctet);
-#pragma unroll
-    for (int j = 0; j < kOctet; ++j) keys[k * kOctet + j] = magnitude(octet.v[j]) >> kLowBits<T>;
-  }
-  if (threadIdx.x < 2) counts[threadIdx.x] = 0;
-  __syncthreads();
-  uint32_t bound = 0;
+                                 const SearchMemory& memory) {
+  memory.clear(kBins);
+  const int64_t tiles = n / kTile;
+  const auto place = [=](int64_t turn) {
+    const int64_t tile = (turn * kThreads + threadIdx.x) * tiles / (kSampleOctets * kThreads);
+    return tile * kTile + threadIdx.x * kOctet;
+  };
   // The lowest bits do not matter: a bound that is a little lower is right, too.
-  for (int bit = 14; bit >= 3; --bit) {
-    const uint32_t candidate = bound | 1u << bit;
-    uint32_t reached = 0;
+  constexpr int kBits = 3;
+  static_assert(kBins << kBits == 1 << 15);
+  const auto count = [&](const Octet<T>& octet, int64_t) {
 #pragma unroll
-    for (int k = 0; k < kSampleOctets * kOctet; ++k) reached += keys[k] >= candidate ? 1 : 0;
-    reached = warp_sum(reached);
-    uint32_t& count = counts[bit % 2];
-    if (threadIdx.x % 32 == 0) atomicAdd(&count, reached);
-    __syncthreads();
-    if (count >= rank) bound = candidate;
-    if (threadIdx.x == 0) counts[(bit + 1) % 2] = 0;
-    __syncthreads();
-  }
-  return max(bound, 1u);
+    for (int j = 0; j < kOctet; ++j) {
+      const uint32_t bin = magnitude(octet.v[j]) >> (kLowBits<T> + kBits);
+      count_if(bin, &memory.counts[bin]);
+    }
+  };
+  for_octets_at<T, kDepth>(source, kSampleOctets, memory.queues, place, count);
+  __syncthreads();
+  return max(select_here<kBins / kThreads>(memory, rank, 0).key << kBits, 1u);
 }
 
-// Counts what a sample says is large enough; the last block selects, or finds that it was misled.
-template <typename T, int kDepth, typename Source>
-__device__ void count_sampled(const Source& source, int64_t n, const Ranks& ranks, Search* search,
-                              float* thresholds, uint4* shared) {
-  uint32_t* counts = reinterpret_cast<uint32_t*>(shared);
-  SelectScratch& scratch = *reinterpret_cast<SelectScratch*>(shared);
-  uint32_t most = 0;
-  for (int s = 0; s < ranks.count; ++s) most = max(most, ranks(s));
-  const uint32_t least = sample_bound<T>(source, n, sample_rank(most, n),
-                                         *reinterpret_cast<uint32_t(*)[2]>(shared));
-  for (int i = threadIdx.x; i < kBins; i += kThreads) counts[i] = 0;
-  __syncthreads();
-  for_each_octet<T, kDepth>(
-      source, n, shared + kCountBytes / sizeof(uint4), [&](const Octet<T>& octet, int64_t i) {
-        source.keep(octet, i);
-        const uint32_t flags = flags_from(octet, least << kLowBits<T>);
+// Counts the values of which the key is `least` or more, and selects; returns false if what is sought
+// lies elsewhere.
+template <typename T, int kDepth>
+__device__ bool count_from(const cooperative_groups::grid_group& grid, const Values<T>& values,
+                           uint32_t least, const Ranks& ranks, Counts* all, Progress& progress,
+                           Found& found, float* thresholds, const SearchMemory& memory) {
+  memory.clear(kBins);
+  for_each_octet<T, kDepth>(values, values.n, memory.queues, [&](const Octet<T>& octet, int64_t) {
+    const uint32_t flags = flags_from(octet, least << kLowBits<T>);
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) {
-          // 16 bits: NaNs may have several keys, all of which become NaN.
-          const uint32_t key = sizeof(T) == 2 ? unsigned_bits(octet.v[j])
-                                              : magnitude(octet.v[j]) >> kLowBits<T>;
-          count_if(flags & 1u << j, &counts[min(key - least, kBins - 1u)]);
-        }
-      });
+    for (int j = 0; j < kOctet; ++j) {
+      // 16 bits: NaNs may have several keys, all of which become NaN.
+      const uint32_t key = sizeof(T) == 2 ? unsigned_bits(octet.v[j])
+                                          : magnitude(octet.v[j]) >> kLowBits<T>;
+      count_if(flags & 1u << j, &memory.counts[min(key - least, kBins - 1u)]);
+    }
+  });
   __syncthreads();
-  for (int i = threadIdx.x; i < kBins; i += kThreads) {
-    if (counts[i] != 0) atomicAdd(&search->sampled[i], counts[i]);
-  }
-  __syncthreads();
-  if (!is_last_block(&search->blocks_done[0], gridDim.x, scratch.groups[0])) return;
-  __syncthreads();
-  for (int s = 0; s < ranks.count; ++s) {
+  memory.add_to(all->sampled, 0, kBins);
+  grid.sync();
+#pragma unroll
+  for (int s = 0; s < kMaxSelections; ++s) {
+    if (s >= ranks.count) break;
     const uint32_t rank = ranks(s);
-    Selected found = select(search->sampled, kBins, rank, 0, scratch);
+    Selected selected = select(memory, all->sampled, kBins, rank, 0);
     // Of what lies below the first key and from the last one on nothing is known. But if only zeros
     // lie below, too few values are no mistake.
-    const bool enough = found.at != 0, all = sizeof(T) == 2 && least == 1;
-    if (rank == 0 || (enough ? found.key == kBins - 1 : !all)) {
-      if (threadIdx.x == 0) search->again = 1;
-      return;
-    }
-    if (enough) found.key += least;
-    if (threadIdx.x != 0) continue;
+    const bool enough = selected.at != 0, knows_all = sizeof(T) == 2 && least == 1;
+    if (rank == 0 || (enough ? selected.key == kBins - 1 : !knows_all)) return false;
+    if (enough) selected.key += least;
     if (sizeof(T) == 2) {
-      conclude<T>(search, s, found.key, found.above, found.at, thresholds);
+      conclude<T>(found, s, selected.key, selected.above, selected.at, thresholds);
     } else {
-      search->prefix[s] = found.key;
-      search->rank[s] = rank - found.above;
-      search->larger[s] = found.above;
+      progress.prefix[s] = selected.key;
+      progress.rank[s] = rank - selected.above;
+      progress.above[s] = selected.above;
     }
   }
+  return true;
 }
 
-// Counts one digit of the magnitudes that share the digits found so far; the last block selects.
-template <typename T, int kDepth, typename Source>
-__device__ void count_digit(const Source& source, int64_t n, int digit, const Ranks& ranks,
-                            Search* search, float* thresholds, uint4* shared) {
-  uint32_t* counts = reinterpret_cast<uint32_t*>(shared);
-  SelectScratch& scratch = *reinterpret_cast<SelectScratch*>(shared);
+// Counts one digit of the magnitudes that share the digits found so far, and selects.
+template <typename T, int kDepth>
+__device__ void count_digit(const cooperative_groups::grid_group& grid, const Values<T>& values,
+                            int digit, const Ranks& ranks, Counts* all, Progress& progress,
+                            Found& found, float* thresholds, const SearchMemory& memory) {
   const int shift = kDigitShift[digit] - (16 - kLowBits<T>), width = kDigitWidth[digit];
   const int bins = 1 << width, kinds = digit == 0 ? 1 : ranks.count;
-  uint32_t prefix[kMaxSelections] = {};
-  for (int s = 0; digit > 0 && s < kinds; ++s) prefix[s] = __ldcg(&search->prefix[s]);
-  for (int i = threadIdx.x; i < kinds * bins; i += kThreads) counts[i] = 0;
-  __syncthreads();
-  for_each_octet<T, kDepth>(
-      source, n, shared + kCountBytes / sizeof(uint4), [&](const Octet<T>& octet, int64_t i) {
-        source.keep(octet, i);
+  memory.clear(kinds * bins);
+  for_each_octet<T, kDepth>(values, values.n, memory.queues, [&](const Octet<T>& octet, int64_t) {
 #pragma unroll
-        for (int j = 0; j < kOctet; ++j) {
-          const uint32_t found = magnitude(octet.v[j]);
+    for (int j = 0; j < kOctet; ++j) {
+      const uint32_t key = magnitude(octet.v[j]);
 #pragma unroll
-          for (int s = 0; s < kMaxSelections; ++s) {
-            // Zeros are never kept.
-            count_if(s < kinds && found != 0 && found >> (shift + width) == prefix[s],
-                     &counts[s * bins + (found >> shift & (bins - 1))]);
-          }
-        }
-      });
+      for (int s = 0; s < kMaxSelections; ++s) {
+        // Zeros are never kept.
+        count_if(s < kinds && key != 0 && key >> (shift + width) == progress.prefix[s],
+                 &memory.counts[s * bins + (key >> shift & (bins - 1))]);
+      }
+    }
+  });
   __syncthreads();
-  uint32_t* global[kMaxSelections];
+#pragma unroll
   for (int s = 0; s < kMaxSelections; ++s) {
-    global[s] = digit == 0 ? search->first : search->others[digit - 1][s];
+    uint32_t* to = digit == 0 ? all->first : all->others[digit - 1][s];
+    if (s < kinds) memory.add_to(to, s * bins, bins);
   }
-  for (int s = 0; s < kinds; ++s) {
-    for (int i = threadIdx.x; i < bins; i += kThreads) {
-      if (counts[s * bins + i] != 0) atomicAdd(&global[s][i], counts[s * bins + i]);
-    }
-  }
-  __syncthreads();
-  if (!is_last_block(&search->blocks_done[1 + digit], gridDim.x, scratch.groups[0])) return;
-  __syncthreads();
-  for (int s = 0; s < ranks.count; ++s) {
-    const uint32_t rank = digit == 0 ? ranks(s) : search->rank[s];
+  grid.sync();
+#pragma unroll
+  for (int s = 0; s < kMaxSelections; ++s) {
+    if (s >= ranks.count) break;
+    const uint32_t* from = digit == 0 ? all->first : all->others[digit - 1][s];
+    const uint32_t rank = digit == 0 ? ranks(s) : progress.rank[s];
     const uint32_t top = Format<T>::kNan >> shift & (bins - 1);
-    Selected found = {0, 0, 0};
-    if (digit == 0 || rank != kTooFew) found = select(global[s], bins, rank, top, scratch);
-    if (threadIdx.x == 0) {
-      search->prefix[s] = (digit == 0 ? 0 : search->prefix[s]) << width | found.key;
-      search->larger[s] = (digit == 0 ? 0 : search->larger[s]) + found.above;
-      if (digit == 0 && rank != 0 && found.at == 0) {
-        search->rank[s] = kTooFew;
-      } else if (rank != kTooFew) {
-        search->rank[s] = rank == 0 ? 0 : rank - found.above;
-      }
-      if (digit == kDigits<T> - 1) {
-        conclude<T>(search, s, search->prefix[s], search->larger[s], found.at, thresholds);
-      }
+    Selected selected = {0, 0, 0};
+    if (digit == 0 || rank != kTooFew) selected = select(memory, from, bins, rank, top);
+    progress.prefix[s] = progress.prefix[s] << width | selected.key;
+    progress.above[s] += selected.above;
+    if (digit == 0 && rank != 0 && selected.at == 0) {
+      progress.rank[s] = kTooFew;
+    } else if (rank != kTooFew) {
+      progress.rank[s] = rank == 0 ? 0 : rank - selected.above;
     }
-    __syncthreads();
+    if (digit == kDigits<T> - 1) {
+      conclude<T>(found, s, progress.prefix[s], progress.above[s], selected.at, thresholds);
+    }
   }
 }
 
-// Exact thresholds of the values that `source` makes; `made` reads them again where that is needed.
-// All blocks of the grid; afterwards all of them see what was found. `thresholds` may be absent.
-template <typename T, int kDepth, typename Source>
-__device__ void find_thresholds(const cooperative_groups::grid_group& grid, const Source& source,
-                                const Values<T>& made, int64_t n, const Ranks& ranks,
-                                bool may_sample, Search* search, float* thresholds,
-                                uint4* shared) {
+// What is known before a search of where to count first.
+constexpr uint32_t kAsk = 0;          // nothing: large tensors are sampled
+constexpr uint32_t kEverywhere = ~0u;  // nothing, and it is not to be asked for
+
+// Exact thresholds. `least`: a key, below that of every threshold, or one of the constants above. All
+// blocks of the grid. `thresholds` may be absent.
+template <typename T, int kDepth>
+__device__ Found find_thresholds(const cooperative_groups::grid_group& grid,
+                                 const Values<T>& values, const Ranks& ranks, uint32_t least,
+                                 Counts* counts, float* thresholds, uint4* shared) {
+  const SearchMemory memory(shared);
+  Found found;
+  Progress progress;
   int digit = 0;
-  bool are_made = false;
-  if (may_sample && n >= kLeastSampled) {
-    count_sampled<T, kDepth>(source, n, ranks, search, thresholds, shared);
-    grid.sync();
-    if (__ldcg(&search->again) == 0) digit = kSampledDigits;
-    are_made = true;
+  if (least == kAsk) {
+    least = kEverywhere;
+    if (values.n >= kLeastSampled) {
+      const uint32_t rank = sample_rank(ranks.largest(), values.n);
+      least = sample_bound<T, kDepth>(values, values.n, rank, memory);
+    }
+  }
+  if (least != kEverywhere) {
+    if (count_from<T, kDepth>(grid, values, least, ranks, counts, progress, found, thresholds,
+                              memory)) {
+      digit = kSampledDigits;
+    } else {
+      progress = {};
+    }
   }
   for (; digit < kDigits<T>; ++digit) {
-    if (are_made) {
-      count_digit<T, kDepth>(made, n, digit, ranks, search, thresholds, shared);
-    } else {
-      count_digit<T, kDepth>(source, n, digit, ranks, search, thresholds, shared);
-    }
-    grid.sync();
-    are_made = true;
+    count_digit<T, kDepth>(grid, values, digit, ranks, counts, progress, found, thresholds, memory);
   }
+  return found;
+}
+
+// A limit that about `target` values of `source` reach, from a sample; the smallest positive number if
+// fewer seem to be positive; 0 if the sample does not tell. All blocks of the grid, the same in all.
+template <typename T, int kDepth, typename Source>
+__device__ float guess_limit(const cooperative_groups::grid_group& grid, const Source& source,
+                             int64_t n, uint32_t target, GuessCounts* all, uint4* shared) {
+  const SearchMemory memory(shared);
+  const uint32_t least = sample_bound<T, kDepth>(source, n, sample_rank(target, n), memory);
+  memory.clear(kBins);
+  // One octet of every thread from each stratum, of any tile of it.
+  const uint32_t tiles = static_cast<uint32_t>(n / kTile);
+  const uint32_t strata = min(gridDim.x * kGuessOctets, tiles);
+  const float width = static_cast<float>(tiles) / static_cast<float>(strata);
+  const auto place = [=](int64_t turn) {
+    const uint32_t stratum = static_cast<uint32_t>(turn) * gridDim.x + blockIdx.x;
+    const uint32_t begin = static_cast<uint32_t>(static_cast<float>(stratum) * width);
+    const uint32_t end = static_cast<uint32_t>(static_cast<float>(stratum + 1) * width);
+    const uint32_t random = (stratum * kThreads + threadIdx.x) * 2654435761u >> 8;
+    const uint32_t tile = min(begin + random % max(end - begin, 1u), tiles - 1);
+    return static_cast<int64_t>(tile) * kTile + threadIdx.x * kOctet;
+  };
+  const uint32_t own = strata > blockIdx.x ? (strata - 1 - blockIdx.x) / gridDim.x + 1 : 0;
+  const auto count = [&](const Octet<T>& octet, int64_t) {
+    const uint32_t flags = flags_from(octet, least << kLowBits<T>);
+#pragma unroll
+    for (int j = 0; j < kOctet; ++j) {
+      const uint32_t key = magnitude(octet.v[j]) >> kLowBits<T>;
+      count_if(flags & 1u << j, &memory.counts[min(key - least, kBins - 1u)]);
+    }
+  };
+  for_octets_at<T, kDepth>(source, own, memory.queues, place, count);
+  __syncthreads();
+  memory.add_to(all->sampled, 0, kBins);
+  grid.sync();
+  const double share = static_cast<double>(strata) * kTile / static_cast<double>(n);
+  const uint32_t rank = max(static_cast<uint32_t>(target * share), 1u);
+  const Selected found = select(memory, all->sampled, kBins, rank, 0);
+  if (found.at == 0) return least == 1 ? Format<T>::from_magnitude(1) : 0.f;
+  // Of the limits on both sides of the rank the nearer one.
+  const bool next = rank - found.above < found.above + found.at - rank && found.above != 0;
+  const uint32_t limit = (found.key + least + (next ? 1 : 0)) << kLowBits<T>;
+  return found.key < kBins - 2 && limit < Format<T>::kNan ? Format<T>::from_magnitude(limit) : 0.f;
 }
 
 }  // namespace swat

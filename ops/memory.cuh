@@ -54,7 +54,7 @@ __device__ __forceinline__ void store(const Octet<T>& octet, T* to, int64_t i, i
   for (int w = 0; w < static_cast<int>(sizeof(octet) / sizeof(uint4)); ++w) target[w] = source[w];
 }
 
-inline bool is_wide(const void* pointer) {
+__host__ __device__ inline bool is_wide(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
@@ -190,7 +190,7 @@ __device__ __forceinline__ void count_if(uint32_t condition, uint32_t* counter) 
 // ---- Sources ------------------------------------------------------------------------------------
 
 // A Source makes values of what it reads: `request` and `take` go through a queue, `peek` reads
-// directly, `keep` stores what was made. Beyond the end it makes zeros. `whole`: the octet is known
+// directly, at the place of the thread in some tile; `keep` stores what was made. Beyond the end it makes zeros. `whole`: the octet is known
 // not to reach beyond the end, and `is_wide`.
 
 // Values that lie in memory.
@@ -200,7 +200,7 @@ struct Values {
   const T* from;
   int64_t n;
   bool wide;
-  Values(const T* from, int64_t n) : from(from), n(n), wide(is_wide(from)) {}
+  __host__ __device__ Values(const T* from, int64_t n) : from(from), n(n), wide(is_wide(from)) {}
   __device__ void prepare() {}
   template <typename Queue>
   __device__ void request(const Queue& queue, int turn, int64_t i, bool whole = false) const {
@@ -214,7 +214,27 @@ struct Values {
   __device__ void keep(const Octet<T>&, int64_t, bool = false) const {}
 };
 
-// Walks over all octets of a Source: `use(octet, i)` for each. Threads end where their octets end.
+// Walks over octets of a Source: `use(octet, i)` for each. Of `count` octets of this thread
+// `place(turn)` says where they begin.
+template <typename T, int kDepth = kUsualDepth<T>, typename Source, typename Place, typename Use>
+__device__ void for_octets_at(const Source& source, int64_t count, uint4* shared, Place place,
+                              Use use) {
+  using Queue = Streams<T, Source::kStreams, kDepth>;
+  const Queue queue{shared};
+  const auto request = [&](int64_t turn) {
+    if (turn < count) source.request(queue, static_cast<int>(turn), place(turn));
+    queue.commit();
+  };
+  for (int turn = 0; turn < Queue::kDepth - 1; ++turn) request(turn);
+  for (int64_t turn = 0; turn < count; ++turn) {
+    request(turn + Queue::kDepth - 1);
+    queue.wait();
+    const int64_t i = place(turn);
+    use(source.take(queue, static_cast<int>(turn), i), i);
+  }
+}
+
+// The same over all octets. Threads end where their octets end.
 template <typename T, int kDepth = kUsualDepth<T>, typename Source, typename Use>
 __device__ void for_each_octet(const Source& source, int64_t n, uint4* shared, Use use) {
   using Queue = Streams<T, Source::kStreams, kDepth>;

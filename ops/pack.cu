@@ -28,12 +28,9 @@ ffi::Error pack_op(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer thresho
       selection.workspace =
           static_cast<uint32_t*>(scratch->untyped_data()) + b * selection_words(n);
       selection.n = n;
-      selection.keeps_thresholds = true;
-      selection.thresholds = static_cast<float*>(threshold.untyped_data()) + b;
+      selection.stored = static_cast<const float*>(threshold.untyped_data()) + b;
       selection.packed = shape.problem<T>(b, values->untyped_data(), bitmap->untyped_data(),
                                           offsets->untyped_data(), overflow->untyped_data());
-      SWAT_RETURN_IF_ERROR(cuda_error(
-          kOp, cudaMemsetAsync(selection.workspace, 0, selection_words(n) * 4, stream)));
       SWAT_RETURN_IF_ERROR(cuda_error(kOp, swat::pack(stream, source, source, selection)));
     }
     return ffi::Error::Success();

@@ -63,13 +63,6 @@ struct PackedShape {
   }
 };
 
-// Positions and counts are 32-bit words.
-inline ffi::Error check_size(const char* op, const char* name, int64_t n) {
-  if (n < (int64_t{1} << 32)) return ffi::Error::Success();
-  return invalid(std::string(op) + ": " + name + " must have fewer than 2**32 values, got " +
-                 std::to_string(n));
-}
-
 template <typename Buffer>
 ffi::Error check_packed(const char* op, ffi::DataType type, int64_t n, int64_t batch,
                         Buffer& values, Buffer& bitmap, Buffer& offsets, PackedShape& shape) {

@@ -1,11 +1,14 @@
-// Thresholds and packing: the kernels behind `threshold`, `pack` and `batch_norm_relu`.
+// Packing by thresholds that are given, or found on the way: the kernel behind `pack` and
+// `batch_norm_relu`.
 //
-// They read from a Source, so that what makes the values (batch norm, say) runs in the same pass.
-// `search_kernel` finds exact thresholds, if they are wanted, and makes the values on the way.
-// `pack_kernel` packs by thresholds: those that were found, from the values that were made; those
-// that were given, in the pass that makes them. If more survive than there is room for, it makes the
-// thresholds exact and packs again. What is to be done stands in device memory. The blocks of each
-// kernel run at once and wait for each other.
+// It reads from a Source, so that what makes the values (batch norm, say) runs in the same pass.
+// Thresholds that were given pack in that pass. For exact ones of a large tensor a sample guesses a
+// limit that a little more values reach than are kept. What reaches it is packed in the same pass, and
+// the thresholds are found among that, a small part of the tensor: who unpacks leaves out what is
+// smaller. A guess never decides: if too little or too much reached it, everything is searched, as in
+// small tensors, and packed again. If more reach a threshold than there is room for, it is made exact
+// for as many as fit. What is to be done stands in device memory. The blocks run at once and wait for
+// each other.
 
 #pragma once
 
@@ -22,17 +25,21 @@ constexpr int kPackDepth = sizeof(T) == 2 ? (kStreams == 1 ? 8 : 4) : 2;
 template <typename T>
 constexpr int kUsualGroups = sizeof(T) == 2 ? 2 : 1;
 
-// Device state of one selection. It starts as zeros.
+// Counts of one selection.
 struct Control {
-  Search searches[2];  // of search_kernel, and where there was no room
+  GuessCounts guess;
+  Counts searches[2];  // the first one, and where there was no room
 };
+// Times that a tensor may be packed: by a guess, by what was found then, and where there was no room,
+// for which ties are counted.
+constexpr int kCounts = 4;
 
 __host__ __device__ inline int64_t least_spans_of(int64_t n) {
   return (n + kLeastSpan - 1) / kLeastSpan;
 }
 // Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
 __host__ __device__ inline int64_t selection_words(int64_t n) {
-  return sizeof(Control) / sizeof(uint32_t) + 3 * least_spans_of(n);
+  return sizeof(Control) / sizeof(uint32_t) + kCounts * least_spans_of(n);
 }
 
 template <typename T>
@@ -40,93 +47,158 @@ struct Selection {
   uint32_t* workspace;
   int64_t n;
   Ranks ranks;
-  const uint8_t* refresh = nullptr;  // says whether thresholds are exact; null: they are
-  const float* stored = nullptr;     // the thresholds otherwise
-  float* thresholds = nullptr;       // those in use
-  bool keeps_thresholds = false;     // they are not to be changed where there is no room
+  const float* stored = nullptr;     // given thresholds; null: they are exact
+  const uint8_t* refresh = nullptr;  // says that they are exact nevertheless; null: they are not
+  float* thresholds = nullptr;       // those in use; null: given ones stay where there is no room
   Packed<T> packed;                  // of several thresholds the smallest decides
 
-  __device__ bool is_exact() const { return refresh == nullptr || *refresh != 0; }
+  __device__ bool is_exact() const {
+    return stored == nullptr || (refresh != nullptr && *refresh != 0);
+  }
   __device__ Control* control() const { return reinterpret_cast<Control*>(workspace); }
-  // A word for every span: counts, those where there was no room, and of ties there.
+  // A word for every span.
   __device__ uint32_t* counts(int which) const {
     return workspace + sizeof(Control) / sizeof(uint32_t) + which * least_spans_of(n);
   }
+  __device__ void clear() const {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
+    int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    for (; i < selection_words(n); i += step) workspace[i] = 0;
+  }
+  // Takes the given thresholds, and returns the smallest.
+  __device__ float take_stored() const {
+    float smallest = stored[0];
+    for (int s = 1; s < ranks.count; ++s) {
+      if (magnitude(stored[s]) < magnitude(smallest)) smallest = stored[s];
+    }
+    const bool writes = thresholds != nullptr && blockIdx.x == 0;
+    if (writes && threadIdx.x < ranks.count) thresholds[threadIdx.x] = stored[threadIdx.x];
+    return smallest;
+  }
+  // How many values a guess should keep, between those that are wanted and those that fit; 0: a guess
+  // would not help.
+  __device__ uint32_t guessed_count() const {
+    const uint32_t most = ranks.largest();
+    const uint32_t room = packed.capacity > most ? packed.capacity - most : 0;
+    if (n < kLeastGuessed || most == 0 || room < most / 25) return 0;
+    return most + room / 16 * 7;
+  }
+  // Whether nothing that is sought is missing among what a guess kept.
+  __device__ bool is_enough(uint32_t kept, float limit) const {
+    return kept >= ranks.largest() || magnitude(limit) == magnitude(Format<T>::from_magnitude(1));
+  }
+  __device__ void report(uint32_t wanted) const {
+    if (blockIdx.x != 0 || threadIdx.x != 0) return;
+    *packed.overflow = wanted > packed.capacity ? wanted - packed.capacity : 0;
+  }
 };
 
-// `made` is where `source` keeps what it makes.
+// What seldom happens, or takes little of the time, is a call, so that it takes no registers of the
+// pass over everything. For the same reason they take what was given as constants.
+
 template <typename T, typename Source, int kDepth>
-__global__ void __launch_bounds__(kThreads, 3)
-    search_kernel(Source source, Values<T> made, Selection<T> selection) {
-  extern __shared__ uint4 dynamic[];
-  const int64_t thread = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t threads = static_cast<int64_t>(gridDim.x) * kThreads;
-  const int64_t words = selection_words(selection.n);
-  for (int64_t i = thread; i < words; i += threads) selection.workspace[i] = 0;
-  if (!selection.is_exact()) {
-    if (thread < selection.ranks.count) selection.thresholds[thread] = selection.stored[thread];
-    return;
-  }
-  const auto grid = cooperative_groups::this_grid();
+__device__ __noinline__ float guess(const Source& given, const Selection<T>& selection,
+                                    uint4* dynamic) {
+  const uint32_t target = selection.guessed_count();
+  if (target == 0) return 0.f;
+  Source source = given;
   source.prepare();
-  grid.sync();
-  find_thresholds<T, kDepth>(grid, source, made, selection.n, selection.ranks, true,
+  return guess_limit<T, kDepth>(cooperative_groups::this_grid(), source, selection.n, target,
+                                &selection.control()->guess, dynamic);
+}
+
+// Exact thresholds from what a guess kept.
+template <typename T, int kDepth>
+__device__ __noinline__ void search_packed(const Selection<T>& selection, uint32_t kept,
+                                           float limit, uint4* dynamic) {
+  const auto grid = cooperative_groups::this_grid();
+  grid.sync();  // until then others may write what they kept
+  const Values<T> values(selection.packed.values, kept);
+  const uint32_t least = max(Limit<T>(limit).least >> kLowBits<T>, 1u);
+  find_thresholds<T, kDepth>(grid, values, selection.ranks, least,
                              &selection.control()->searches[0], selection.thresholds, dynamic);
 }
 
-// Packs again, since more survived than there is room for: with thresholds that are exact. A call,
-// so that what seldom happens takes no registers of what always does.
+// Makes all values.
+template <typename T, typename Source, int kDepth>
+__device__ __noinline__ void make_values(const Source& given, int64_t n, uint4* dynamic) {
+  Source source = given;
+  source.prepare();
+  for_each_octet<T, kDepth>(source, n, dynamic,
+                            [&](const Octet<T>& octet, int64_t i) { source.keep(octet, i); });
+}
+
+// Exact thresholds from everything, and what they keep; returns how many values that should be.
 template <typename T, int kDepth, int kGroups>
-__device__ __noinline__ void pack_exactly(const Values<T>& made, const Selection<T>& selection,
-                                          uint4* dynamic, PackScratch& scratch) {
+__device__ __noinline__ uint32_t search_and_pack(const Values<T>& made,
+                                                 const Selection<T>& selection, uint4* dynamic,
+                                                 PackScratch& scratch) {
+  const auto grid = cooperative_groups::this_grid();
+  grid.sync();  // until then others make values, or write what they kept
+  const Found found =
+      find_thresholds<T, kDepth>(grid, made, selection.ranks, kAsk,
+                                 &selection.control()->searches[0], selection.thresholds, dynamic);
+  return pack_spans<T, kDepth, kGroups, false>(made, selection.n, Limit<T>(found.limit), Ties{},
+                                               selection.packed, selection.counts(1), dynamic,
+                                               scratch);
+}
+
+// Packs again, since more survived than there is room for: with thresholds that are exact.
+template <typename T, int kDepth, int kGroups>
+__device__ __noinline__ void pack_what_fits(const Values<T>& made, const Selection<T>& selection,
+                                            uint4* dynamic, PackScratch& scratch) {
   const Packed<T> packed = selection.packed;
   const auto grid = cooperative_groups::this_grid();
-  grid.sync();  // until then others may write what they kept
-  Search* search = &selection.control()->searches[1];
+  grid.sync();
   Ranks ranks = selection.ranks;
   ranks.most = packed.capacity;
-  const bool keeps = selection.keeps_thresholds;
-  find_thresholds<T, kDepth>(grid, made, made, selection.n, ranks, false, search,
-                             keeps ? nullptr : selection.thresholds, dynamic);
-  if (!keeps && blockIdx.x == 0 && threadIdx.x == 0) {
-    const uint64_t wanted = uint64_t{search->above} + search->at;
-    *packed.overflow =
-        wanted > packed.capacity ? static_cast<uint32_t>(wanted - packed.capacity) : 0;
-  }
-  const Limit<T> limit(search->limit);
-  count_ties<T, kGroups>(made, selection.n, limit, selection.counts(2), scratch);
+  const Found found =
+      find_thresholds<T, kDepth>(grid, made, ranks, kEverywhere,
+                                 &selection.control()->searches[1], selection.thresholds, dynamic);
+  if (selection.thresholds != nullptr) selection.report(found.above + found.at);
+  const Limit<T> limit(found.limit);
+  count_ties<T, kGroups>(made, selection.n, limit, selection.counts(3), scratch);
   grid.sync();
-  const Ties ties{packed.capacity - search->above, selection.counts(2)};
+  const Ties ties{packed.capacity - found.above, selection.counts(3)};
   const uint32_t kept = pack_spans<T, kDepth, kGroups, true>(
-      made, selection.n, limit, ties, packed, selection.counts(1), dynamic, scratch);
+      made, selection.n, limit, ties, packed, selection.counts(2), dynamic, scratch);
   clear_rest(packed, kept);
 }
 
+// `made` is where `source` keeps what it makes.
 template <typename T, typename Source, int kDepth, int kGroups>
 __global__ void __launch_bounds__(kThreads, 2)
-    pack_kernel(Source source, Values<T> made, Selection<T> selection) {
+    pack_kernel(const __grid_constant__ Source given, const __grid_constant__ Values<T> made,
+                const __grid_constant__ Selection<T> selection) {
   extern __shared__ uint4 dynamic[];
   __shared__ PackScratch scratch;
+  const auto grid = cooperative_groups::this_grid();
+  selection.clear();
+  grid.sync();
   const Packed<T> packed = selection.packed;
-  float smallest = selection.thresholds[0];
-  for (int s = 1; s < selection.ranks.count; ++s) {
-    if (magnitude(selection.thresholds[s]) < magnitude(smallest)) smallest = selection.thresholds[s];
-  }
-  const Limit<T> limit(smallest);
-  uint32_t wanted;
-  if (std::is_same_v<Source, Values<T>> || selection.is_exact()) {
-    wanted = pack_spans<T, kDepth, kGroups, false>(made, selection.n, limit, Ties{}, packed,
-                                                   selection.counts(0), dynamic, scratch);
+  const bool is_exact = selection.is_exact();
+  const float limit =
+      is_exact ? guess<T, Source, kDepth>(given, selection, dynamic) : selection.take_stored();
+  bool searches = is_exact && limit == 0.f;
+  uint32_t wanted = 0;
+  if (searches) {
+    make_values<T, Source, kDepth>(given, selection.n, dynamic);
   } else {
+    Source source = given;
     source.prepare();
-    wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, limit, Ties{}, packed,
-                                                   selection.counts(0), dynamic, scratch);
+    wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, Limit<T>(limit), Ties{},
+                                                   packed, selection.counts(0), dynamic, scratch);
+    if (is_exact) {
+      searches = wanted > packed.capacity || !selection.is_enough(wanted, limit);
+      if (!searches) search_packed<T, kDepth>(selection, wanted, limit, dynamic);
+    }
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) {
-    *packed.overflow = wanted > packed.capacity ? wanted - packed.capacity : 0;
+  if (searches) {
+    wanted = search_and_pack<T, kDepth, kGroups>(made, selection, dynamic, scratch);
   }
+  selection.report(wanted);
   if (wanted > packed.capacity) {
-    pack_exactly<T, kDepth, kGroups>(made, selection, dynamic, scratch);
+    pack_what_fits<T, kDepth, kGroups>(made, selection, dynamic, scratch);
   } else {
     clear_rest(packed, wanted);
   }
@@ -145,21 +217,12 @@ cudaError_t with_sizes(size_t bytes, Run&& run) {
              std::integral_constant<int, kUsualGroups<T>>{});
 }
 
-template <typename T, typename Source>
-cudaError_t search(cudaStream_t stream, const Source& source, const Values<T>& made,
-                   const Selection<T>& selection) {
-  constexpr int kDepth = kUsualDepth<T>;
-  return launch_together(stream, search_kernel<T, Source, kDepth>,
-                         kCountBytes + Streams<T, Source::kStreams, kDepth>::kBytes,
-                         tiles_of(selection.n), kMostBlocks, source, made, selection);
-}
-
 // Shared memory of a pass that packs, and may have to search.
 template <typename T, int kStreams, int kDepth, int kGroups>
-constexpr size_t kPackBytes = std::max(kCountBytes + Streams<T, 1, kDepth>::kBytes,
+constexpr size_t kPackBytes = std::max(kCountBytes + Streams<T, kStreams, kDepth>::kBytes,
                                        pack_bytes<T, kStreams, kDepth, kGroups>());
 
-// `search` or a clear workspace comes before.
+// Workspace needs no clearing.
 template <typename T, typename Source>
 cudaError_t pack(cudaStream_t stream, const Source& source, const Values<T>& made,
                  const Selection<T>& selection) {

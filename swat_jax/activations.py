@@ -16,16 +16,15 @@ class Activation:
 
     Attributes:
       x: the dense value.
-      packed: what the layer keeps of it for its backward pass, or None if that is yet to be made.
+      packed: what the layer keeps of it for its backward pass and maybe more, or None if that is
+        yet to be made.
       threshold: float32 (float64 for float64), the smallest magnitude that the layer keeps; None
         if nothing was packed.
-      filters: whether ``packed`` holds more than this layer keeps.
     """
 
     x: jax.Array
     packed: Packed | None = None
     threshold: jax.Array | None = None
-    filters: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass

@@ -18,9 +18,9 @@ product. It makes no product again, and no input of one, which has to lie in mem
 **SWAT** is what the gradient rules of `swat_jax.functional` keep, where activations are packed:
 
 * a conv or linear layer keeps its packed input: room for the values, bitmap, offsets and one number
-  for the overflow. Layers that read one value share its packed form; if they keep unequally much of
-  it, each has a threshold too. What is not sparse (the input of the first layer in uniform methods)
-  or not sparse enough to be packed takes its full size;
+  for the overflow; and its threshold. Layers that read one value share its packed form. What is not
+  sparse (the input of the first layer in uniform methods) or not sparse enough to be packed takes
+  its full size;
 * its weights after masking, in the type that it computes in;
 * batch norm keeps the same as in a dense network and, after an addition, one bit per value;
 * max pooling keeps which value won, one byte per result;
@@ -288,10 +288,12 @@ class _Observer:
         """As `swat_jax.functional` decides it, and `swat_jax.layers` asks for it."""
         if given.packed is not None:
             what, activations = self._once("packed input", given.packed)
-            return what, activations + (_bytes(given.threshold) if given.filters else 0)
+            return what, activations + _bytes(given.threshold)
         if layer.packs:
             room = layer.activation_capacity(x.size)
-            return "packed input", _bytes(jax.eval_shape(lambda: packing.pack(x, 0.0, room)))
+            limit = jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32))
+            packed = jax.eval_shape(lambda: packing.pack(x, limit, room))
+            return "packed input", _bytes(packed) + _bytes(limit)
         if layer.weight_budget is not None or layer.activation_sparsity > 0:
             return "input with zeros", _bytes(x)
         return self._once("input", x)

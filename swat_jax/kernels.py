@@ -37,8 +37,8 @@ from swat_jax.sparsity.varying import varying_axes, varying_like
 OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "fold")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-# Sizes that the handlers check: `selection_words` and `Cut::words` in ops/.
-_CONTROL_WORDS, _SPAN = 2 * (15 + 2 * 2**12 + 3 * 2 * 256), 4096
+# Sizes that the handlers check: `Counts`, `GuessCounts`, `selection_words`, `Cut::words` in ops/.
+_SEARCH_WORDS, _GUESS_WORDS, _SPAN = 2 * 2**12 + 3 * 2 * 256, 2**12, 4096
 _MOST_CHUNKS, _LEAST_ROWS = 396, 128
 # From this many values on the twins would need 64-bit integers.
 _TWIN_LIMIT = 2**31
@@ -172,7 +172,9 @@ class Selection:
     Attributes:
       keep: uint32 (readers, 2): how many values each of them keeps, in two words; what is more
         than ``capacity`` counts as ``capacity``.
-      capacity: room for packed values, at least 1. What is packed is what any reader keeps.
+      capacity: room for packed values, at least 1. What is packed is what any reader keeps, and
+        maybe more, for want of exact thresholds when it was packed: who unpacks it gives the
+        threshold, so that what is smaller is left out.
       is_refresh: scalar boolean; where it is False ``stored`` is used, unless that would keep more
         than fits: then thresholds are refreshed early. None: exact always.
       stored: float32 (readers,) thresholds, or None.
@@ -445,7 +447,7 @@ def _threshold(
     def kernel(x: jax.Array, keep: jax.Array, refresh: jax.Array, stored: jax.Array) -> jax.Array:
         limit, _ = _call(
             "threshold",
-            (jax.ShapeDtypeStruct((), jnp.float32), _words(_selection_words(x.size))),
+            (jax.ShapeDtypeStruct((), jnp.float32), _words(_SEARCH_WORDS)),
             *(x.ravel(), keep, refresh, stored),
         )
         return limit
@@ -515,7 +517,7 @@ def _words(count: int) -> jax.ShapeDtypeStruct:
 
 
 def _selection_words(size: int) -> int:
-    return _CONTROL_WORDS + 3 * -(-size // _SPAN)
+    return _GUESS_WORDS + 2 * _SEARCH_WORDS + 4 * -(-size // _SPAN)
 
 
 def _cut_words(shape: tuple[int, ...]) -> int:

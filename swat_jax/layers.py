@@ -196,14 +196,12 @@ class _SwatLayer(nnx.Module):
             selection["weight_threshold"] = weight_limit
         if given.packed is not None:
             # Who packed it has refreshed the threshold.
-            selection["packed"] = given.packed
-            if given.filters:
-                selection["activation_threshold"] = given.threshold
+            selection |= {"packed": given.packed, "activation_threshold": given.threshold}
         elif self.packs:
             packed, limits = kernels.select(x, selection_for([self], [activation_keep], x))
             self.keep_threshold(limits[0])
-            selection["packed"] = packed
             given = Activation(given.x, packed, limits[0])
+            selection |= {"packed": packed, "activation_threshold": limits[0]}
         elif self.activation_threshold is None:
             selection["activation_keep"] = activation_keep
         else:

@@ -190,7 +190,7 @@ class _Choice:
                 continue
             limit = lax.stop_gradient(thresholds[position])
             reader.keep_threshold(limit)
-            found.append(Activation(copy, packed, limit, filters=len(self.keeps) > 1))
+            found.append(Activation(copy, packed, limit))
         return tuple(found)
 
     def _position(self, reader: Any) -> int | None:

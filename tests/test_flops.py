@@ -230,7 +230,7 @@ def test_command_line_bytes(capsys):
     norm = 64 * 32 * 32 * 64 * 2 + 2 * 64 * 4
     line = rf"stage1/0/norm2 +input +{norm:,} +0  input, signs +{norm + 64 * 32 * 32 * 8:,} +0\n"
     assert re.search(line, out)
-    assert re.search(r"stage2/0/shortcut +input, shared +0 +16,384  packed input, shared +0", out)
+    assert re.search(r"stage2/0/shortcut +input, shared +0 +16,384  packed input, shared +4", out)
     assert re.search(r"\nu90   +[0-9.]+ MiB: .* of weights; 0\.[0-9]{2} of dense\n$", out)
 
     code, out, _ = run(capsys, *arguments, "--batch_size=5", "--json")

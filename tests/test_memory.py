@@ -63,8 +63,8 @@ def test_dense_by_hand():
 
 
 def test_swat_by_hand():
-    """Of 128 values 13 are kept, in room for 14: 14 values, 128 bits, one offset, the overflow."""
-    packed = 14 * 4 + 128 // 8 + 4 + 4
+    """Of 128 values 13 are kept, in room for 14: these, 128 bits, offset, overflow, threshold."""
+    packed = 14 * 4 + 128 // 8 + 4 + 4 + 4
     norm = 128 * 4 + 2 * 4 * 4
     conv = 3 * 3 * 4 * 4 * 4
     model = tiny(packing_types(weight_sparsity=0.9))
@@ -77,7 +77,7 @@ def test_swat_by_hand():
         ("stage1/0/conv2", "packed input", packed, conv),
         ("stage1/0/norm2", "input, signs", norm + 128 // 8, 0),
         # Of 8 values one is kept, in room for two.
-        ("classifier", "packed input", 2 * 4 + 4 + 4 + 4, 4 * 3 * 4),
+        ("classifier", "packed input", 2 * 4 + 4 + 4 + 4 + 4, 4 * 3 * 4),
     ]
     assert type(model.stem) is SwatConv
     assert type(model.stem_norm) is BatchNormRelu

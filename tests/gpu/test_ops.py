@@ -76,13 +76,16 @@ def test_threshold_is_the_kth_largest(dtype, size):
 
 
 def test_a_sample_that_misleads_changes_nothing():
-    # The sample looks at one octet in many, and finds what is nowhere else.
+    # The sample looks at one octet in many, and finds what is nowhere else: of every thread's place
+    # in a tile those of four tiles.
     size = 2**22
     x = np.random.default_rng(0).normal(size=size).astype(jnp.bfloat16)
-    stride = size // 8 // 1024 * 8
+    tiles, threads = size // packing.TILE, packing.TILE // 8
+    places = np.arange(4 * threads)
+    sampled = places * tiles // (4 * threads) * threads + places % threads
     for value in (0.0, 1e30):
-        x.reshape(-1, stride)[:, :8] = value
-        for keep in (10, size // 10, size - size // stride * 8 + 1):
+        x.reshape(-1, 8)[sampled] = value
+        for keep in (10, size // 10, size - sampled.size * 8 + 1):
             same(kernels.threshold(jnp.asarray(x), keep), oracle.threshold(x, keep))
 
 
@@ -359,6 +362,71 @@ def test_dropout_within_batch_norm(shape, dtype, mode):
         np.testing.assert_allclose(
             sum_found, reference, atol=2e-5 * math.sqrt(shape[0]) + 1e-5, rtol=2e-5
         )
+
+
+def values_for_guesses(kind, dtype):
+    """(rows, 64) values, so many that the kernel guesses thresholds from a sample."""
+    rng = np.random.default_rng(7)
+    x = rng.normal(size=(140_003, 64)).astype(np.float32)
+    if kind == "sorted":
+        x.sort(axis=0)
+    elif kind == "uneven channels":
+        x *= np.exp(2 * rng.normal(size=64)).astype(np.float32)
+    elif kind == "few positives":
+        x -= 2.0
+    elif kind == "constant":
+        x = np.full_like(x, 0.75)
+    elif kind == "zeros":
+        x = np.full_like(x, -0.75)
+    elif kind == "special":
+        x.ravel()[rng.integers(0, x.size, 1000)] = np.nan
+        x.ravel()[rng.integers(0, x.size, 1000)] = np.inf
+    return jnp.asarray(x).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("readers", [1, 2])
+@pytest.mark.parametrize(
+    "kind",
+    ["normal", "sorted", "uneven channels", "few positives", "constant", "zeros", "special"],
+)
+def test_exact_thresholds_by_a_guess(kind, dtype, readers):
+    x = values_for_guesses(kind, dtype)
+    ones, zeros = jnp.ones(64), jnp.zeros(64)
+    keeps = [x.size // 10, x.size // 20][:readers]
+    capacity = packing.capacity(keeps[0], x.size)
+
+    @jax.jit
+    def run(x):
+        words = jnp.array([[0, keep] for keep in keeps], jnp.uint32)
+        found = kernels.batch_norm_relu(
+            x,
+            batch_norm.Vectors(zeros, ones, ones, zeros),
+            epsilon=0.0,
+            relu=True,
+            selection=kernels.Selection(words, capacity),
+        )
+        return found, [kernels.unpack(found.packed, limit) for limit in found.thresholds]
+
+    found, unpacked = run(x)
+    same(found.y, np.asarray(jnp.maximum(x, 0)))
+    y = np.asarray(found.y).ravel()
+    limits = np.array([oracle.threshold(y, keep) for keep in keeps]).astype(np.float32)
+    same(found.thresholds, limits)
+    # What was packed is what reaches some limit, which is the threshold or a little below.
+    words = np.asarray(found.packed.bitmap).view(np.uint8)
+    mask = np.unpackbits(words, bitorder="little")[: y.size].astype(bool)
+    least = limits.min()
+    if mask.any():
+        least = min(least, np.nanmin(y[mask].astype(np.float32)))
+    if kind in ("normal", "sorted", "uneven channels", "special"):
+        assert mask.sum() > oracle.mask(y, limits.min()).sum(), "there was no guess"
+    check_packed(found.packed, y, least, capacity, kind)
+    for reader, limit in enumerate(limits):
+        _, mask, _ = packed_by_numpy(y, limit, capacity)
+        same(np.asarray(unpacked[reader]).ravel(), np.where(mask, y, np.zeros_like(y)))
+    again, _ = run(x)
+    jax.tree.map(lambda a, b: same(a, np.asarray(b)), found, again)
 
 
 def test_more_kept_than_there_is_room_for():
