@@ -274,7 +274,7 @@ def main() -> int:
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--window", type=int, default=20)
     parser.add_argument("--steps_per_dispatch", type=int, default=20)
     parser.add_argument("--output", help="JSON file to write")

@@ -105,7 +105,8 @@ class Program:
             calls = found.attribute("calls")
             inside = {one.opcode for one in self.instructions.values() if one.computation == calls}
             kinds = (kind for opcode, kind in _PARTS.items() if opcode in inside)
-            only_copies = inside <= {"parameter", "copy", "bitcast", "tuple", "transpose"}
+            copying = {"parameter", "copy", "bitcast", "tuple", "transpose"}
+            only_copies = bool(inside) and inside <= copying
             return next(kinds, "copies" if only_copies else "XLA's fusions")
         if found.opcode.startswith("copy"):
             return "copies"
