@@ -109,7 +109,7 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
         ("copy", 4, None, (x,)),
         ("threshold", 2, lambda y: kernels.threshold(y, keep), (y,)),
         ("pack", 2 + compact, lambda y, t: kernels.pack(y, t, capacity), (y, limit)),
-        ("unpack", 2 + compact, kernels.unpack, (packed,)),
+        ("unpack", 2 + compact, kernels.unpack, (packed, limit)),
         ("statistics", 2, kernels.batch_norm_statistics, (x,)),
         ("normalize", 4, forward(None, None), (x, residual, stored)),
         ("normalize + residual", 6.125, forward(1, None), (x, residual, stored)),

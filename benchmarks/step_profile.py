@@ -1,6 +1,6 @@
 """Where the time of a training step goes: its kernels by kind and by name, as the device says.
 
-    python benchmarks/step_profile.py --output docs/results/step_profile_h100.json
+    python benchmarks/step_profile.py --output docs/results/step_profile_resnet50_h200.json
     python benchmarks/step_profile.py --raw FOLDER        # keeps launches and programs
     python benchmarks/step_profile.py --replay FOLDER     # sums them up again, needs no GPU
 

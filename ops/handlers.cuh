@@ -102,13 +102,12 @@ inline int multiprocessors() {
   return count;
 }
 
-// Whether a block may have as much shared memory.
-inline bool has_shared_memory(size_t bytes) {
-  int device = 0, most = 0;
+// Whether the device copies to shared memory on its own, and has enough of it: 99 KB for a block.
+inline bool has_queues() {
+  int device = 0, major = 0;
   return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ==
-             cudaSuccess &&
-         static_cast<size_t>(most) >= bytes;
+         cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+         major >= 8;
 }
 
 // Blocks that live as long as there is work: as many as the device holds at once, at most `work`.

@@ -190,8 +190,8 @@ __device__ __forceinline__ void count_if(uint32_t condition, uint32_t* counter) 
 // ---- Sources ------------------------------------------------------------------------------------
 
 // A Source makes values of what it reads: `request` and `take` go through a queue, `peek` reads
-// directly, at the place of the thread in some tile; `keep` stores what was made. Beyond the end it makes zeros. `whole`: the octet is known
-// not to reach beyond the end, and `is_wide`.
+// directly, at the place of the thread in some tile; `keep` stores what was made. Beyond the end it
+// makes zeros. `whole`: the octet is known not to reach beyond the end, and `is_wide`.
 
 // Values that lie in memory.
 template <typename T>

@@ -81,7 +81,9 @@ struct Selection {
     const uint32_t most = ranks.largest();
     const uint32_t room = packed.capacity > most ? packed.capacity - most : 0;
     if (n < kLeastGuessed || most == 0 || room < most / 25) return 0;
-    return most + room / 16 * 7;
+    // Of a hundredth of the values, one 16-bit number may hold as many as there is room for.
+    if (sizeof(T) == 2 && most < n / 64) return 0;
+    return most + min(room / 16 * 7, most / 32);
   }
   // Whether nothing that is sought is missing among what a guess kept.
   __device__ bool is_enough(uint32_t kept, float limit) const {
@@ -165,54 +167,62 @@ __device__ __noinline__ void pack_what_fits(const Values<T>& made, const Selecti
   clear_rest(packed, kept);
 }
 
+// Each architecture launches one of two sizes (`with_sizes`); the other is compiled for tests only.
+template <int kDepth>
+#if defined(__CUDA_ARCH__) && !defined(SWAT_JAX_MOST_BLOCKS)
+constexpr bool kIsLaunched = (kDepth > 1) == (__CUDA_ARCH__ >= 800);
+#else
+constexpr bool kIsLaunched = true;
+#endif
+
 // `made` is where `source` keeps what it makes.
 template <typename T, typename Source, int kDepth, int kGroups>
 __global__ void __launch_bounds__(kThreads, 2)
     pack_kernel(const __grid_constant__ Source given, const __grid_constant__ Values<T> made,
                 const __grid_constant__ Selection<T> selection) {
-  extern __shared__ uint4 dynamic[];
-  __shared__ PackScratch scratch;
-  const auto grid = cooperative_groups::this_grid();
-  selection.clear();
-  grid.sync();
-  const Packed<T> packed = selection.packed;
-  const bool is_exact = selection.is_exact();
-  const float limit =
-      is_exact ? guess<T, Source, kDepth>(given, selection, dynamic) : selection.take_stored();
-  bool searches = is_exact && limit == 0.f;
-  uint32_t wanted = 0;
-  if (searches) {
-    make_values<T, Source, kDepth>(given, selection.n, dynamic);
-  } else {
-    Source source = given;
-    source.prepare();
-    wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, Limit<T>(limit), Ties{},
-                                                   packed, selection.counts(0), dynamic, scratch);
-    if (is_exact) {
-      searches = wanted > packed.capacity || !selection.is_enough(wanted, limit);
-      if (!searches) search_packed<T, kDepth>(selection, wanted, limit, dynamic);
+  if constexpr (kIsLaunched<kDepth>) {
+    extern __shared__ uint4 dynamic[];
+    __shared__ PackScratch scratch;
+    const auto grid = cooperative_groups::this_grid();
+    selection.clear();
+    grid.sync();
+    const Packed<T> packed = selection.packed;
+    const bool is_exact = selection.is_exact();
+    const float limit =
+        is_exact ? guess<T, Source, kDepth>(given, selection, dynamic) : selection.take_stored();
+    bool searches = is_exact && limit == 0.f;
+    uint32_t wanted = 0;
+    if (searches) {
+      make_values<T, Source, kDepth>(given, selection.n, dynamic);
+    } else {
+      Source source = given;
+      source.prepare();
+      wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, Limit<T>(limit), Ties{},
+                                                     packed, selection.counts(0), dynamic, scratch);
+      if (is_exact) {
+        searches = wanted > packed.capacity || !selection.is_enough(wanted, limit);
+        if (!searches) search_packed<T, kDepth>(selection, wanted, limit, dynamic);
+      }
     }
-  }
-  if (searches) {
-    wanted = search_and_pack<T, kDepth, kGroups>(made, selection, dynamic, scratch);
-  }
-  selection.report(wanted);
-  if (wanted > packed.capacity) {
-    pack_what_fits<T, kDepth, kGroups>(made, selection, dynamic, scratch);
-  } else {
-    clear_rest(packed, wanted);
+    if (searches) {
+      wanted = search_and_pack<T, kDepth, kGroups>(made, selection, dynamic, scratch);
+    }
+    selection.report(wanted);
+    if (wanted > packed.capacity) {
+      pack_what_fits<T, kDepth, kGroups>(made, selection, dynamic, scratch);
+    } else {
+      clear_rest(packed, wanted);
+    }
   }
 }
 
 // ---- Launches ----------------------------------------------------------------------------------
 
-// Calls `run` with how deep queues are and how many groups a span has, both constants. `bytes` of
-// shared memory are needed with the usual ones; up to compute capability 7.5 a block may not have
-// them, and there are no queues either.
+// Calls `run` with how deep queues are and how many groups a span has, both constants.
 template <typename T, int kStreams, typename Run>
-cudaError_t with_sizes(size_t bytes, Run&& run) {
+cudaError_t with_sizes(Run&& run) {
   using One = std::integral_constant<int, 1>;
-  if (!has_shared_memory(bytes + sizeof(PackScratch))) return run(One{}, One{});
+  if (!has_queues()) return run(One{}, One{});
   return run(std::integral_constant<int, kPackDepth<T, kStreams>>{},
              std::integral_constant<int, kUsualGroups<T>>{});
 }
@@ -227,8 +237,7 @@ template <typename T, typename Source>
 cudaError_t pack(cudaStream_t stream, const Source& source, const Values<T>& made,
                  const Selection<T>& selection) {
   constexpr int kStreams = Source::kStreams;
-  constexpr size_t kBytes = kPackBytes<T, kStreams, kPackDepth<T, kStreams>, kUsualGroups<T>>;
-  return with_sizes<T, kStreams>(kBytes, [&](auto depth, auto groups) {
+  return with_sizes<T, kStreams>([&](auto depth, auto groups) {
     constexpr int kDepth = decltype(depth)::value, kGroups = decltype(groups)::value;
     return launch_together(stream, pack_kernel<T, Source, kDepth, kGroups>,
                            kPackBytes<T, kStreams, kDepth, kGroups>,

@@ -93,8 +93,10 @@ def swat_conv(
       granularity: what the weight mask selects, see `swat_jax.sparsity.granularity`.
       weight_threshold: smallest score that is kept.
       activation_threshold: smallest magnitude that is kept.
-      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it, or
-        of it what reaches ``activation_threshold`` if that is given.
+      packed: the sparse form of ``x``, if it was made before; the backward pass then uses of
+        it what reaches ``activation_threshold``. Give both as `batch_norm_relu` or `kernels.select`
+        returned them: what they pack may be a little more than is kept. Without a threshold all
+        that was packed is used.
       capacity: how many values of ``x`` are kept in packed form, at least 1: the backward pass
         then has them from a `Packed` that is made here. None: they are kept as a dense array with
         zeros.
@@ -169,8 +171,10 @@ def swat_linear(
       activation_keep: in place of the sparsity: how many values of ``x`` are kept.
       weight_threshold: smallest magnitude of a weight that is kept.
       activation_threshold: smallest magnitude of ``x`` that is kept.
-      packed: the sparse form of ``x``, if it was made before; the backward pass then uses it, or
-        of it what reaches ``activation_threshold`` if that is given.
+      packed: the sparse form of ``x``, if it was made before; the backward pass then uses of
+        it what reaches ``activation_threshold``. Give both as `batch_norm_relu` or `kernels.select`
+        returned them: what they pack may be a little more than is kept. Without a threshold all
+        that was packed is used.
       capacity: how many values of ``x`` are kept in packed form, at least 1: the backward pass
         then has them from a `Packed` that is made here. None: they are kept as a dense array with
         zeros.
@@ -378,7 +382,8 @@ class BatchNormOutput(NamedTuple):
       x: the input again, if that was asked for, else None.
       mean: (channels,) of the batch; no gradient flows through it.
       variance: (channels,), biased; likewise.
-      packed: the packed form of the result, or None.
+      packed: the packed form of the result, or None. It may hold a little more than was selected:
+        whoever reads it leaves out what is below its threshold.
       thresholds: float32, one per selection, or None.
     """
 

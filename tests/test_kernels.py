@@ -79,7 +79,9 @@ def test_the_gradient_of_batch_norm_lowers_to_kernels(cuda, monkeypatch):
 
     def loss(x, kernel):
         out = functional.batch_norm_relu(x, scale, bias, selection=selection)
-        y = functional.swat_conv(out.y[0], kernel, weight_sparsity=0.5, packed=out.packed)
+        assert out.thresholds is not None
+        kept = {"packed": out.packed, "activation_threshold": out.thresholds[0]}
+        y = functional.swat_conv(out.y[0], kernel, weight_sparsity=0.5, **kept)
         return jnp.sum(y.astype(jnp.float32))
 
     text = lowered(jax.grad(loss, (0, 1)), x, kernel)

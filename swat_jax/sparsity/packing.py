@@ -114,7 +114,8 @@ def unpack(packed: Packed, least: jax.Array | float | None = None) -> jax.Array:
     Args:
       packed: from `pack`.
       least: if given, packed values whose magnitude is smaller are left out too: one packed tensor
-        serves readers of different sparsities.
+        serves readers of different sparsities, and may hold more than any of them keeps where
+        exact thresholds were found after it was packed (`swat_jax.kernels.Selection`).
     """
     flags = from_bitmap(packed.bitmap, math.prod(packed.shape))
     position = jnp.cumsum(flags, dtype=jnp.uint32) - flags
