@@ -1,4 +1,4 @@
-// What the threads of a warp, of a block and of a grid do together.
+// What the threads of a warp and of a block do together.
 
 #pragma once
 

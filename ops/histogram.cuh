@@ -48,11 +48,6 @@ struct Counts {
   uint32_t others[kMostDigits - 1][kMaxSelections][256];
 };
 
-// For one guess.
-struct GuessCounts {
-  uint32_t sampled[kBins];
-};
-
 // What a search has found, the same in every thread.
 struct Found {
   float limit = 0.f;           // of several thresholds the smallest
@@ -334,7 +329,7 @@ __device__ Found find_thresholds(const cooperative_groups::grid_group& grid,
 // fewer seem to be positive; 0 if the sample does not tell. All blocks of the grid, the same in all.
 template <typename T, int kDepth, typename Source>
 __device__ float guess_limit(const cooperative_groups::grid_group& grid, const Source& source,
-                             int64_t n, uint32_t target, GuessCounts* all, uint4* shared) {
+                             int64_t n, uint32_t target, uint32_t* all, uint4* shared) {
   const SearchMemory memory(shared);
   const uint32_t least = sample_bound<T, kDepth>(source, n, sample_rank(target, n), memory);
   memory.clear(kBins);
@@ -361,11 +356,11 @@ __device__ float guess_limit(const cooperative_groups::grid_group& grid, const S
   };
   for_octets_at<T, kDepth>(source, own, memory.queues, place, count);
   __syncthreads();
-  memory.add_to(all->sampled, 0, kBins);
+  memory.add_to(all, 0, kBins);
   grid.sync();
   const double share = static_cast<double>(strata) * kTile / static_cast<double>(n);
   const uint32_t rank = max(static_cast<uint32_t>(target * share), 1u);
-  const Selected found = select(memory, all->sampled, kBins, rank, 0);
+  const Selected found = select(memory, all, kBins, rank, 0);
   if (found.at == 0) return least == 1 ? Format<T>::from_magnitude(1) : 0.f;
   // Of the limits on both sides of the rank the nearer one.
   const bool next = rank - found.above < found.above + found.at - rank && found.above != 0;

@@ -26,20 +26,20 @@ template <typename T>
 constexpr int kUsualGroups = sizeof(T) == 2 ? 2 : 1;
 
 // Counts of one selection.
-struct Control {
-  GuessCounts guess;
+struct SelectionCounts {
+  uint32_t guess[kBins];
   Counts searches[2];  // the first one, and where there was no room
 };
 // Times that a tensor may be packed: by a guess, by what was found then, and where there was no room,
 // for which ties are counted.
-constexpr int kCounts = 4;
+constexpr int kPackings = 4;
 
 __host__ __device__ inline int64_t least_spans_of(int64_t n) {
   return (n + kLeastSpan - 1) / kLeastSpan;
 }
 // Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
 __host__ __device__ inline int64_t selection_words(int64_t n) {
-  return sizeof(Control) / sizeof(uint32_t) + kCounts * least_spans_of(n);
+  return sizeof(SelectionCounts) / sizeof(uint32_t) + kPackings * least_spans_of(n);
 }
 
 template <typename T>
@@ -55,10 +55,12 @@ struct Selection {
   __device__ bool is_exact() const {
     return stored == nullptr || (refresh != nullptr && *refresh != 0);
   }
-  __device__ Control* control() const { return reinterpret_cast<Control*>(workspace); }
+  __device__ SelectionCounts* counts() const {
+    return reinterpret_cast<SelectionCounts*>(workspace);
+  }
   // A word for every span.
-  __device__ uint32_t* counts(int which) const {
-    return workspace + sizeof(Control) / sizeof(uint32_t) + which * least_spans_of(n);
+  __device__ uint32_t* span_counts(int which) const {
+    return workspace + sizeof(SelectionCounts) / sizeof(uint32_t) + which * least_spans_of(n);
   }
   __device__ void clear() const {
     const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
@@ -106,7 +108,7 @@ __device__ __noinline__ float guess(const Source& given, const Selection<T>& sel
   Source source = given;
   source.prepare();
   return guess_limit<T, kDepth>(cooperative_groups::this_grid(), source, selection.n, target,
-                                &selection.control()->guess, dynamic);
+                                selection.counts()->guess, dynamic);
 }
 
 // Exact thresholds from what a guess kept.
@@ -118,7 +120,7 @@ __device__ __noinline__ void search_packed(const Selection<T>& selection, uint32
   const Values<T> values(selection.packed.values, kept);
   const uint32_t least = max(Limit<T>(limit).least >> kLowBits<T>, 1u);
   find_thresholds<T, kDepth>(grid, values, selection.ranks, least,
-                             &selection.control()->searches[0], selection.thresholds, dynamic);
+                             &selection.counts()->searches[0], selection.thresholds, dynamic);
 }
 
 // Makes all values.
@@ -139,9 +141,9 @@ __device__ __noinline__ uint32_t search_and_pack(const Values<T>& made,
   grid.sync();  // until then others make values, or write what they kept
   const Found found =
       find_thresholds<T, kDepth>(grid, made, selection.ranks, kAsk,
-                                 &selection.control()->searches[0], selection.thresholds, dynamic);
+                                 &selection.counts()->searches[0], selection.thresholds, dynamic);
   return pack_spans<T, kDepth, kGroups, false>(made, selection.n, Limit<T>(found.limit), Ties{},
-                                               selection.packed, selection.counts(1), dynamic,
+                                               selection.packed, selection.span_counts(1), dynamic,
                                                scratch);
 }
 
@@ -156,14 +158,14 @@ __device__ __noinline__ void pack_what_fits(const Values<T>& made, const Selecti
   ranks.most = packed.capacity;
   const Found found =
       find_thresholds<T, kDepth>(grid, made, ranks, kEverywhere,
-                                 &selection.control()->searches[1], selection.thresholds, dynamic);
+                                 &selection.counts()->searches[1], selection.thresholds, dynamic);
   if (selection.thresholds != nullptr) selection.report(found.above + found.at);
   const Limit<T> limit(found.limit);
-  count_ties<T, kGroups>(made, selection.n, limit, selection.counts(3), scratch);
+  count_ties<T, kGroups>(made, selection.n, limit, selection.span_counts(3), scratch);
   grid.sync();
-  const Ties ties{packed.capacity - found.above, selection.counts(3)};
+  const Ties ties{packed.capacity - found.above, selection.span_counts(3)};
   const uint32_t kept = pack_spans<T, kDepth, kGroups, true>(
-      made, selection.n, limit, ties, packed, selection.counts(2), dynamic, scratch);
+      made, selection.n, limit, ties, packed, selection.span_counts(2), dynamic, scratch);
   clear_rest(packed, kept);
 }
 
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       Source source = given;
       source.prepare();
       wanted = pack_spans<T, kDepth, kGroups, false>(source, selection.n, Limit<T>(limit), Ties{},
-                                                     packed, selection.counts(0), dynamic, scratch);
+                                                     packed, selection.span_counts(0), dynamic, scratch);
       if (is_exact) {
         searches = wanted > packed.capacity || !selection.is_enough(wanted, limit);
         if (!searches) search_packed<T, kDepth>(selection, wanted, limit, dynamic);

@@ -37,7 +37,7 @@ from swat_jax.sparsity.varying import varying_axes, varying_like
 OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "fold")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-# Sizes that the handlers check: `Counts`, `GuessCounts`, `selection_words`, `Cut::words` in ops/.
+# Sizes that the handlers check: `Counts`, `selection_words` and `Cut::words` in ops/.
 _SEARCH_WORDS, _GUESS_WORDS, _SPAN = 2 * 2**12 + 3 * 2 * 256, 2**12, 4096
 _MOST_CHUNKS, _LEAST_ROWS = 396, 128
 # From this many values on the twins would need 64-bit integers.

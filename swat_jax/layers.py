@@ -194,14 +194,13 @@ class _SwatLayer(nnx.Module):
         else:
             weight_limit = self._refresh(self.weight_threshold, scores, weight_keep)
             selection["weight_threshold"] = weight_limit
-        if given.packed is not None:
-            # Who packed it has refreshed the threshold.
-            selection |= {"packed": given.packed, "activation_threshold": given.threshold}
-        elif self.packs:
+        if given.packed is None and self.packs:
             packed, limits = kernels.select(x, selection_for([self], [activation_keep], x))
             self.keep_threshold(limits[0])
             given = Activation(given.x, packed, limits[0])
-            selection |= {"packed": packed, "activation_threshold": limits[0]}
+        if given.packed is not None:
+            # Who packed it has refreshed the threshold.
+            selection |= {"packed": given.packed, "activation_threshold": given.threshold}
         elif self.activation_threshold is None:
             selection["activation_keep"] = activation_keep
         else:
