@@ -6,8 +6,9 @@ what an op reads a second time. Two things are left out:
 
 * Scratch. It is a result like any other, but nobody takes it out of the tuple of results, so a
   result that no instruction reads counts nothing.
-* The tensor of a stored threshold (a `threshold` whose third operand, the flag that says whether it
-  is made anew, is no constant) in a step that reuses it: the kernel ends before it reads any.
+* The tensors of stored thresholds (of a `threshold` or `thresholds` whose flags, which say whether
+  they are made anew, are no constant) in a step that reuses them: the kernel does not read them. If
+  some thresholds of a `thresholds` are new in every step, their tensors are left out, too.
 
 Room for packed values counts as full, which it nearly is: 5 % are spare.
 """
@@ -126,7 +127,8 @@ class Program:
           refresh: whether the step recomputes stored thresholds.
         """
         call = self.instructions[name]
-        is_state = self.kind(name) == "threshold" and not self._is_constant(call.operands[2])
+        flags = {"threshold": 2, "thresholds": 1}.get(self.kind(name))
+        is_state = flags is not None and not self._is_constant(call.operands[flags])
         if is_state and not refresh:
             return sum(self._results(name, call))
         return sum(map(self._bytes, call.operands)) + sum(self._results(name, call))

@@ -105,9 +105,14 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
 
     stored = stored_for(None)
     added = (x, residual, stored_for(residual))
+    parts = jnp.array_split(y.ravel(), 50)
+    some = [round(0.1 * part.size) for part in parts]
+    zeros = [jnp.zeros(())] * len(parts)
     ops: list[tuple[str, float, Callable[..., Any] | None, tuple[Any, ...]]] = [
         ("copy", 4, None, (x,)),
         ("threshold", 2, lambda y: kernels.threshold(y, keep), (y,)),
+        ("thresholds of 50 parts", 2,
+         lambda *parts: kernels.refreshed_thresholds([True] * 50, parts, some, zeros), parts),
         ("pack", 2 + compact, lambda y, t: kernels.pack(y, t, capacity), (y, limit)),
         ("unpack", 2 + compact, kernels.unpack, (packed, limit)),
         ("statistics", 2, kernels.batch_norm_statistics, (x,)),

@@ -137,6 +137,8 @@ cudaError_t launch(cudaStream_t stream, Kernel kernel, size_t shared, int64_t wo
   return cudaGetLastError();
 }
 
+constexpr unsigned kAnyBlocks = ~0u;
+
 // The same, at most `most` blocks, for a kernel whose blocks wait for each other: all of them run at
 // once, or the launch fails.
 template <typename Kernel, typename... Args>

@@ -159,12 +159,17 @@ __device__ inline Selected select(const SearchMemory& memory, const uint32_t* al
 // A rank that is not reached: there are fewer values than were asked for, and 0 is right.
 constexpr uint32_t kTooFew = 0xffffffffu;
 
+// The threshold that a key of all digits stands for.
+template <typename T>
+__device__ float threshold_of(uint32_t key) {
+  return key >= Format<T>::kNan ? __uint_as_float(0x7fc00000u) : Format<T>::from_magnitude(key);
+}
+
 // For one selection after the other: a threshold is found.
 template <typename T>
 __device__ void conclude(Found& found, int s, uint32_t key, uint32_t above, uint32_t at,
                          float* thresholds) {
-  const float threshold = key >= Format<T>::kNan ? __uint_as_float(0x7fc00000u)
-                                                 : Format<T>::from_magnitude(key);
+  const float threshold = threshold_of<T>(key);
   if (thresholds != nullptr && blockIdx.x == 0 && threadIdx.x == 0) thresholds[s] = threshold;
   if (s == 0 || magnitude(threshold) < magnitude(found.limit)) found = {threshold, above, at};
 }

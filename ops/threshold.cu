@@ -6,7 +6,6 @@
 namespace swat {
 namespace {
 
-constexpr unsigned kAnyBlocks = ~0u;
 constexpr int64_t kCountWords = sizeof(Counts) / sizeof(uint32_t);
 
 // `refresh` says whether the threshold is searched for, or is `stored`.

@@ -37,8 +37,9 @@ from swat_jax.sparsity.varying import varying_axes, varying_like
 OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "fold")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-# Sizes that the handlers check: `Counts`, `selection_words` and `Cut::words` in ops/.
+# Sizes that handlers check: `Counts`, `selection_words`, `kCountsOfOne`, `Cut::words` in ops/.
 _SEARCH_WORDS, _GUESS_WORDS, _SPAN = 2 * 2**12 + 3 * 2 * 256, 2**12, 4096
+_COUNTS_OF_ONE = 3 * 2**12
 _MOST_CHUNKS, _LEAST_ROWS = 396, 128
 # From this many values on the twins would need 64-bit integers.
 _TWIN_LIMIT = 2**31
@@ -116,6 +117,57 @@ def refreshed_threshold(
     if not _has_kernel("threshold", x.dtype) or stored.dtype != jnp.float32:
         return thresholds.refresh(is_refresh, stored, lambda: threshold(x, keep))
     return _threshold(x, keep, jnp.asarray(is_refresh), stored)
+
+
+def refreshed_thresholds(
+    is_refresh: Sequence[jax.Array | bool],
+    xs: Sequence[jax.Array],
+    keeps: Sequence[top_k.Count],
+    stored: Sequence[jax.Array],
+) -> list[jax.Array]:
+    """`refreshed_threshold` of many tensors, in one launch where there is a kernel for it.
+
+    Args:
+      is_refresh: of each tensor, whether its threshold is recomputed.
+      xs: floats of any shape and one type; no gradient flows to them.
+      keeps: how many values of each are kept.
+      stored: the thresholds in use, of float32 at least.
+
+    Returns:
+      A threshold for each, of the type of its ``stored``.
+    """
+    dtypes = {x.dtype for x in xs}
+    has_kernel = all(_has_kernel("threshold", dtype) for dtype in dtypes)
+    if not has_kernel or len(dtypes) != 1 or any(one.dtype != jnp.float32 for one in stored):
+        return list(map(refreshed_threshold, is_refresh, xs, keeps, stored))
+    count = len(xs)
+
+    def kernel(
+        keep: jax.Array, refresh: jax.Array, xs: Sequence[jax.Array], stored: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        limit = jax.ShapeDtypeStruct((), jnp.float32)
+        _, *limits = _call(
+            "thresholds",
+            (_words(count * _COUNTS_OF_ONE), *[limit] * count),
+            *(keep, refresh, *(x.ravel() for x in xs), *stored),
+        )
+        return limits
+
+    def twin(
+        keep: jax.Array, refresh: jax.Array, xs: Sequence[jax.Array], stored: Sequence[jax.Array]
+    ) -> list[jax.Array]:
+        def exact(x: jax.Array, keep: jax.Array) -> jax.Array:
+            return top_k.threshold(x, keep)
+
+        return [
+            thresholds.refresh(refresh[i], stored[i], functools.partial(exact, x, keep[i]))
+            for i, x in enumerate(xs)
+        ]
+
+    words = jnp.stack([jnp.stack(top_k.words(keep)) for keep in keeps])
+    flags = jnp.stack([jnp.asarray(flag) for flag in is_refresh])
+    xs = [lax.stop_gradient(x) for x in xs]
+    return _choose(kernel, twin, words, flags, xs, list(stored))
 
 
 def sparsify(x: jax.Array, threshold: jax.Array | float) -> jax.Array:

@@ -50,6 +50,10 @@ class ActivationThreshold(Threshold):
     """Threshold of a layer's input; each device has its own, from its part of the batch."""
 
 
+class NextWeightThreshold(nnx.Variable):
+    """Threshold of a layer's weights that `find_weight_thresholds` found for its next call."""
+
+
 class ThresholdAge(nnx.Variable):
     """int32: training steps since thresholds were recomputed; 0 means "recompute now"."""
 
@@ -134,6 +138,7 @@ class _SwatLayer(nnx.Module):
         self.weight_threshold = nnx.data(weights)
         self.activation_threshold = nnx.data(activations)
         self.threshold_age = nnx.data(ThresholdAge(jnp.zeros((), jnp.int32)) if stateful else None)
+        self.next_weight_threshold = nnx.data(None)
         self.measured_sparsity = nnx.data(None)
 
     @property
@@ -157,6 +162,14 @@ class _SwatLayer(nnx.Module):
         """Whether the saved input is packed in the present mode."""
         sparse = self.activation_sparsity >= LEAST_PACKED_SPARSITY
         return self.pack and sparse and not self.deterministic
+
+    @property
+    def masks_own_kernel(self) -> bool:
+        """Whether the next call masks weights, and takes them as they are in ``kernel``."""
+        sparse = self.weight_budget is not None or self.weight_sparsity > 0
+        given: Any = self
+        unchanged = given.promote_dtype is keep_kernel_dtype and getattr(self, "mask", None) is None
+        return sparse and unchanged and not self.deterministic
 
     def activation_capacity(self, size: int) -> int:
         """Room for packed values of an input of ``size``.
@@ -189,11 +202,15 @@ class _SwatLayer(nnx.Module):
         selection: dict[str, Any] = {}
 
         scores = granularities.score(kernel, self.granularity)
-        if self.weight_threshold is None:
+        if self.next_weight_threshold is not None:
+            selection["weight_threshold"] = self.next_weight_threshold[...]
+            self.next_weight_threshold = nnx.data(None)
+        elif self.weight_threshold is None:
             selection["weight_keep"] = weight_keep
         else:
-            weight_limit = self._refresh(self.weight_threshold, scores, weight_keep)
-            selection["weight_threshold"] = weight_limit
+            selection["weight_threshold"] = self._refresh(
+                self.weight_threshold, scores, weight_keep
+            )
         if given.packed is None and self.packs:
             packed, limits = kernels.select(x, selection_for([self], [activation_keep], x))
             self.keep_threshold(limits[0])
@@ -232,11 +249,44 @@ class _SwatLayer(nnx.Module):
             self.measured_sparsity = nnx.data(MeasuredSparsity(jnp.stack(found)))
         return selection
 
-    def _refresh(self, stored: Threshold, x: jax.Array, keep: Count) -> jax.Array:
+    @property
+    def is_due(self) -> jax.Array:
+        """Whether thresholds that are state are recomputed in the next call."""
         assert self.threshold_age is not None
-        is_refresh = self.threshold_age[...] == 0
-        stored[...] = kernels.refreshed_threshold(is_refresh, x, keep, stored[...])
+        return self.threshold_age[...] == 0
+
+    def _refresh(self, stored: Threshold, x: jax.Array, keep: Count) -> jax.Array:
+        stored[...] = kernels.refreshed_threshold(self.is_due, x, keep, stored[...])
         return stored[...]
+
+
+def find_weight_thresholds(model: nnx.Module) -> None:
+    """Finds the weight thresholds of all SWAT layers of a model in training mode, for one call.
+
+    Layers would find the same themselves when they are called, one after the other; for all of them
+    together it takes one kernel. It changes thresholds that are state, and the weights must stay as
+    they are until the layers are called.
+
+    Args:
+      model: with SWAT layers anywhere in it.
+    """
+    by_type: dict[Any, list[_SwatLayer]] = {}
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, _SwatLayer) and layer.masks_own_kernel:
+            by_type.setdefault(layer.kernel.get_value().dtype, []).append(layer)
+    for dtype, layers in by_type.items():
+        zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
+        stored = [layer.weight_threshold for layer in layers]
+        limits = kernels.refreshed_thresholds(
+            [one is None or layer.is_due for one, layer in zip(stored, layers, strict=True)],
+            [granularities.score(layer.kernel.get_value(), layer.granularity) for layer in layers],
+            [layer.weight_keep() for layer in layers],
+            [zero if one is None else one[...] for one in stored],
+        )
+        for layer, one, limit in zip(layers, stored, limits, strict=True):
+            layer.next_weight_threshold = nnx.data(NextWeightThreshold(limit))
+            if one is not None:
+                one[...] = limit
 
 
 def selection_for(
@@ -256,7 +306,7 @@ def selection_for(
     return kernels.Selection(
         keep=jnp.stack([jnp.stack(top_k.words(keep)) for keep in keeps]),
         capacity=max(reader.activation_capacity(x.size) for reader in readers),
-        is_refresh=first.threshold_age[...] == 0 if reuses else None,
+        is_refresh=first.is_due if reuses else None,
         stored=jnp.stack(stored).astype(wide) if stored else None,
     )
 

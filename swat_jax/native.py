@@ -27,6 +27,7 @@ HOW_TO_GET_IT = "reinstall swat_jax from its sources with nvcc (CUDA 12 or newer
 # Handlers are exported as swat_jax_<name>, and registered under the same name.
 HANDLERS = (
     "threshold",
+    "thresholds",
     "pack",
     "unpack",
     "batch_norm_statistics",

@@ -47,7 +47,13 @@ def _for_each_type(test: Callable[[Any], str]) -> Callable[[], str]:
 def _threshold(dtype: Any) -> str:
     x = _inputs(dtype)[0]
     found = jax.jit(kernels.threshold)(x, jnp.uint32(_KEEP))
-    return _differs("threshold", found, top_k.threshold(x, _KEEP))
+    if message := _differs("threshold", found, top_k.threshold(x, _KEEP)):
+        return message
+    xs, keeps = [x, x[:7], x[5:]], [_KEEP, 2, _KEEP // 2]
+    stored = [jnp.zeros(())] * 3
+    run = jax.jit(lambda xs: kernels.refreshed_thresholds([True] * 3, xs, keeps, stored))
+    limits = [top_k.threshold(*one).astype(jnp.float32) for one in zip(xs, keeps, strict=True)]
+    return _differs("thresholds", run(xs), limits)
 
 
 def _pack(dtype: Any) -> str:

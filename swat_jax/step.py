@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from swat_jax import build, flops, network, optimizer, pruning
 from swat_jax.data import Info, on_device
 from swat_jax.errors import UsageError
-from swat_jax.layers import MeasuredSparsity
+from swat_jax.layers import MeasuredSparsity, find_weight_thresholds
 from swat_jax.network import Network, Tree
 from swat_jax.sparsity import thresholds
 
@@ -360,6 +360,7 @@ class Trainer:
         def loss_of(params: Tree) -> tuple[jax.Array, tuple[jax.Array, dict[str, Tree]]]:
             model = self.sparse.model({**state, "params": params}, key=key, age=age)
             model.train()
+            find_weight_thresholds(model)
             logits = self._logits(model, images)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
             return loss, (logits, network.values(model))

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <cmath>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -19,6 +20,7 @@
 #include "batch_norm_relu.cu"
 #include "max_pool.cu"
 #include "pack.cu"
+#include "thresholds.cu"
 
 namespace swat {
 namespace {
@@ -410,8 +412,74 @@ void run_max_pool() {
   dx.expect_zones_untouched("around the gradient of max pooling");
 }
 
+// Thresholds of many tensors, some of which are stored, on two streams at once.
+template <typename T>
+void run_thresholds(int64_t scale, int repeats) {
+  const std::vector<int64_t> sizes = {1, 5000 * scale + 1, 0, 64, 2048, 3 * kTile + 5, 100 * scale};
+  const int count = static_cast<int>(sizes.size());
+  struct Problem {
+    explicit Problem(int64_t count)
+        : counts(count * kCountsOfOne), stored(count), found(count), keep(2 * count),
+          refresh(count) {}
+    Buffer<uint32_t> counts;
+    Buffer<float> stored, found;
+    Buffer<uint32_t> keep;
+    Buffer<uint8_t> refresh;
+    cudaStream_t stream;
+  };
+  std::vector<uint32_t> keep;
+  std::vector<uint8_t> refresh;
+  std::vector<float> stored, expected;
+  std::vector<std::unique_ptr<Buffer<T>>> memory;
+  int64_t tiles = 0;
+  Tensors<T> tensors;
+  tensors.count = count;
+  for (int t = 0; t < count; ++t) {
+    const int64_t n = sizes[t];
+    const auto values = random_values<T>(n, 20 + t);
+    memory.push_back(std::make_unique<Buffer<T>>(n));
+    if (n > 0) memory.back()->set(values);
+    std::vector<float> magnitudes;
+    for (const T value : values) magnitudes.push_back(std::abs(host_float(value)));
+    std::sort(magnitudes.rbegin(), magnitudes.rend());
+    const int64_t kept = n / 10 + 1;
+    keep.insert(keep.end(), {0, static_cast<uint32_t>(kept)});
+    refresh.push_back(t != 4);
+    stored.push_back(0.25f * static_cast<float>(t + 1));
+    expected.push_back(t == 4 ? stored.back() : kept <= n ? magnitudes[kept - 1] : 0.f);
+    tensors.from[t] = memory.back()->get();
+    tensors.sizes[t] = static_cast<uint32_t>(n);
+    tiles += std::max<int64_t>(tiles_of(n), 1);
+    tensors.ends[t] = static_cast<uint32_t>(tiles);
+  }
+  Problem problems[2] = {Problem(count), Problem(count)};
+  for (Problem& one : problems) {
+    one.stored.set(stored), one.keep.set(keep), one.refresh.set(refresh);
+    check_cuda(cudaStreamCreateWithFlags(&one.stream, cudaStreamNonBlocking), "stream");
+  }
+  for (int i = 0; i < repeats; ++i) {
+    for (Problem& one : problems) {
+      tensors.keep = one.keep.get(), tensors.refresh = one.refresh.get();
+      tensors.counts = one.counts.get();
+      for (int t = 0; t < count; ++t) {
+        tensors.stored[t] = one.stored.get() + t, tensors.thresholds[t] = one.found.get() + t;
+      }
+      check_cuda(launch_together(one.stream, thresholds_kernel<T>, 0, tiles, kAnyBlocks, tensors),
+                 "thresholds");
+    }
+    check_cuda(cudaDeviceSynchronize(), "thresholds");
+    for (Problem& one : problems) expect(one.found.read() == expected, "thresholds of many");
+  }
+  for (Problem& one : problems) {
+    one.counts.expect_zones_untouched("around the counts of many");
+    one.found.expect_zones_untouched("around the thresholds of many");
+    check_cuda(cudaStreamDestroy(one.stream), "stream");
+  }
+}
+
 template <typename T>
 void run_all(int64_t scale, int repeats) {
+  run_thresholds<T>(scale, repeats);
   for (const Thresholds mode : {Thresholds::kExact, Thresholds::kStored, Thresholds::kFarTooLow}) {
     run<T, true>(1000 * scale + 3, 64, 0.1, mode, repeats);
     run<T, true>(1000 * scale, 64, 0.5, mode, repeats);

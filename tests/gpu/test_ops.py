@@ -102,6 +102,62 @@ def test_refreshed_threshold_computes_only_at_a_refresh(dtype):
     assert float(step(True, stored)) == float(oracle.threshold(np.asarray(x), 500))
 
 
+def many(xs, keeps, due, stored):
+    """The thresholds of many tensors by the kernel."""
+    run = jax.jit(lambda *a: kernels.refreshed_thresholds(*a))
+    flags = [jnp.asarray(flag) for flag in due]
+    return run(flags, [jnp.asarray(x) for x in xs], keeps, [jnp.float32(one) for one in stored])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "kind", ["normal", "relu", "ties", "constant", "zeros", "special", "sorted"]
+)
+def test_thresholds_of_many_tensors(dtype, kind):
+    sizes = [0, *SIZES[:-1], 64, 9 * 64 * 64, 500_000, 1, 3]
+    xs = [draw(size, dtype, kind, seed) for seed, size in enumerate(sizes)]
+    for share in (0.0, 0.1, 1.0, 1.5):
+        keeps = [jnp.uint32(math.ceil(share * size)) for size in sizes]
+        for due in ([True] * len(sizes), [i % 3 > 0 for i in range(len(sizes))]):
+            found = many(xs, keeps, due, range(len(sizes)))
+            for i, x in enumerate(xs):
+                exact = oracle.threshold(x, int(keeps[i])) if keeps[i] else np.nan
+                exact = 0 if share and not x.size else exact
+                same(found[i], np.float32(exact if due[i] else i), f"{share}, {x.size}")
+
+
+def test_thresholds_of_more_tensors_than_a_launch_takes():
+    xs = [draw(100 + 37 * i, np.float32, "normal", i) for i in range(203)]
+    keeps = [jnp.uint32(i // 2 + 1) for i in range(203)]
+    found = many(xs, keeps, [i != 100 for i in range(203)], [7] * 203)
+    for i, x in enumerate(xs):
+        same(found[i], np.float32(7 if i == 100 else oracle.threshold(x, int(keeps[i]))))
+    # Nothing is due: nothing is read.
+    same(np.stack(many(xs, keeps, [False] * 203, [7] * 203)), np.full(203, 7, np.float32))
+
+
+def test_thresholds_of_many_tensors_under_vmap_and_again_and_again():
+    xs = [np.stack([draw(size, np.float32, "relu", i) for i in range(3)]) for size in (99, 50_001)]
+    keeps = [jnp.array([1, 10, 50], jnp.uint32), jnp.array([1000, 9, 40_000], jnp.uint32)]
+    due = [jnp.array([True, False, True])] * 2
+    run = jax.jit(jax.vmap(lambda *a: kernels.refreshed_thresholds(*a)))
+    first = run(due, [*map(jnp.asarray, xs)], keeps, [jnp.full(3, 2.0, jnp.float32)] * 2)
+    for x, keep, limits in zip(xs, keeps, first, strict=True):
+        expected = [oracle.threshold(x[i], int(keep[i])) for i in range(3)]
+        same(limits, np.array([expected[0], 2, expected[2]], np.float32))
+    for _ in range(20):
+        again = run(due, [*map(jnp.asarray, xs)], keeps, [jnp.full(3, 2.0, jnp.float32)] * 2)
+        jax.tree.map(same, again, first)
+
+
+def test_thresholds_of_a_large_tensor_among_small_ones():
+    xs = [draw(size, np.float32, "normal", size) for size in (64, 30_000_001, 2048)]
+    keeps = [jnp.uint32(size) for size in (7, 3_000_000, 2048)]
+    found = many(xs, keeps, [True] * 3, [0] * 3)
+    for x, keep, limit in zip(xs, keeps, found, strict=True):
+        same(limit, np.float32(np.partition(np.abs(x), -int(keep))[-int(keep)]))
+
+
 def packed_by_numpy(x, limit, capacity):
     """The packed form from the rules: values, mask, dropped."""
     with np.errstate(invalid="ignore"):
@@ -552,6 +608,20 @@ def test_many_rounds_of_16_bit_values(dtype, density, fits):
     limit = np.float32(1e-3)
     packed = jax.jit(lambda x, t: kernels.pack(x, t, capacity))(x, limit)
     check_packed(packed, x, limit, capacity, f"{density}, {fits}")
+
+
+def test_tensors_and_stored_thresholds_that_do_not_fit_are_refused():
+    limit, scratch = (jax.ShapeDtypeStruct((n,) * (n > 1), d) for n, d in
+                      ((1, jnp.float32), (kernels._COUNTS_OF_ONE, jnp.uint32)))  # fmt: skip
+    call = jax.ffi.ffi_call("swat_jax_thresholds", (scratch, limit))
+    keep, due = jnp.zeros((1, 2), jnp.uint32), jnp.ones((1,), bool)
+    for message, operands in (
+        ("a tensor and a stored threshold for every result, got 1 for 1", [jnp.ones(8)]),
+        ("stored must have 1 values, got 2", [jnp.ones(8), jnp.zeros(2)]),
+        ("x must be float32", [jnp.ones(8, jnp.int32), jnp.zeros(())]),
+    ):
+        with pytest.raises(Exception, match=message):
+            jax.block_until_ready(jax.jit(call)(keep, due, *operands))
 
 
 def test_operands_that_do_not_fit_are_refused():

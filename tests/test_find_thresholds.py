@@ -1,0 +1,125 @@
+"""Weight thresholds of all layers found before they are called: only the time changes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from swat_jax import data, kernels, native, step
+from swat_jax.layers import NextWeightThreshold, SwatConv, SwatLinear, find_weight_thresholds
+from tests.runs import digits
+
+needs_library = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
+
+
+def rounded(args, /, *, dtype=None):
+    """A user's own promotion: weights are rounded before the layer sees them."""
+    return tuple(None if x is None else x.astype(jnp.bfloat16).astype(jnp.float32) for x in args)
+
+
+class Model(nnx.Module):
+    """Layers of every sort, one of them called twice, and one never."""
+
+    def __init__(self, period, rngs):
+        conv = functools.partial(SwatConv, 4, 4, (3, 3), threshold_every_steps=period, rngs=rngs)
+        self.convs = nnx.List([
+            conv(weight_sparsity=0.7),
+            conv(weight_sparsity=0.6, granularity="channel"),
+            conv(weight_sparsity=0.0, activation_sparsity=0.5),
+            conv(weight_sparsity=0.7, promote_dtype=rounded),
+            conv(weight_sparsity=0.5, param_dtype=jnp.bfloat16),
+            conv(weight_sparsity=0.5, mask=jnp.tril(jnp.ones((3, 3, 4, 4)))),
+        ])  # fmt: skip
+        self.convs[0].set_sparsity(
+            weight_sparsity=0.7,
+            activation_sparsity=0.7,
+            threshold_every_steps=period,
+            dynamic_budget=True,
+        )
+        self.unused = conv(weight_sparsity=0.7)
+        self.linear = SwatLinear(4, 3, weight_sparsity=0.5, rngs=rngs)
+
+    def __call__(self, x):
+        for conv in [*self.convs, self.convs[1], self.convs[0]]:
+            x = jnp.sin(conv(x))
+        return self.linear(x)
+
+
+def losses(period, early):
+    """Loss, gradients and state of three steps."""
+    graph, params, rest = nnx.split(Model(period, nnx.Rngs(0)), nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 5, 4))
+
+    @jax.jit
+    def run(params, rest):
+        def loss_of(params):
+            model = nnx.merge(graph, params, rest, copy=True)
+            model.train()
+            if early:
+                find_weight_thresholds(model)
+                unused = model.unused.next_weight_threshold
+                assert unused is not None
+                model.unused.next_weight_threshold = nnx.data(None)
+                if model.unused.weight_threshold is not None:
+                    model.unused.weight_threshold[...] = 0
+            loss = jnp.sum(model(x) ** 2)
+            assert not jax.tree.leaves(nnx.state(model, NextWeightThreshold))
+            return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+        (loss, rest), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return loss, gradients, jax.tree.map(lambda p, g: p - 0.01 * g, params, gradients), rest
+
+    found = []
+    for _ in range(3):
+        loss, gradients, params, rest = run(params, rest)
+        found.append((loss, jax.tree.leaves(gradients), jax.tree.leaves(rest)))
+    return found
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_losses_gradients_and_state_are_the_same_bits(period):
+    early, late = losses(period, True), losses(period, False)
+    assert len(early[0][2]) == len(late[0][2]) > 0
+    jax.tree.map(np.testing.assert_array_equal, early, late)
+
+
+def test_layers_in_evaluation_are_left_alone():
+    model = Model(1, nnx.Rngs(0))
+    model.eval()
+    find_weight_thresholds(model)
+    assert not jax.tree.leaves(nnx.state(model, NextWeightThreshold))
+
+
+def test_a_model_without_swat_layers_is_left_alone():
+    model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
+    find_weight_thresholds(model)
+    assert list(model.__dict__) == list(nnx.Linear(3, 4, rngs=nnx.Rngs(0)).__dict__)
+
+
+@needs_library
+@pytest.mark.parametrize("period", [1, 3])
+def test_a_training_step_finds_them_in_one_kernel(period, monkeypatch):
+    monkeypatch.setenv("SWAT_JAX_BACKEND", "cuda")
+    config = digits("u90", batch_size=32, sparsity__threshold_every_steps=period)
+    dataset = data.load(config)
+    trainer, make_state = step.make_trainer(config, dataset.info, step.make_mesh(1))
+    images, labels = next(dataset.train(0)).values()
+    traced = trainer.train_step.trace(make_state(), images, labels)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@swat_jax_thresholds(") == 1
+    assert kernels.backend() == "cuda"
+
+
+@needs_library
+def test_on_the_cpu_the_definition_is_used(monkeypatch):
+    monkeypatch.setenv("SWAT_JAX_BACKEND", "cuda")
+    xs = [jax.random.normal(jax.random.key(i), (50 + i,)) for i in range(3)]
+    stored = [jnp.float32(i) for i in range(3)]
+    run = jax.jit(lambda due: kernels.refreshed_thresholds([True, due, due], xs, [5, 6, 7], stored))
+    for due in (True, False):
+        expected = [np.sort(np.abs(x))[-k] for x, k in zip(xs, (5, 6, 7), strict=True)]
+        expected[1:] = expected[1:] if due else [1, 2]
+        np.testing.assert_array_equal(np.stack(run(due)), np.array(expected, np.float32))
