@@ -105,7 +105,7 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
 
     stored = stored_for(None)
     added = (x, residual, stored_for(residual))
-    parts = jnp.array_split(y.ravel(), 50)
+    parts = tuple(jnp.array_split(y.ravel(), 50))
     some = [round(0.1 * part.size) for part in parts]
     zeros = [jnp.zeros(())] * len(parts)
     ops: list[tuple[str, float, Callable[..., Any] | None, tuple[Any, ...]]] = [

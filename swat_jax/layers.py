@@ -74,6 +74,7 @@ class _SwatLayer(nnx.Module):
     """What both layers share: how many values are kept, and which thresholds are in use."""
 
     kernel: nnx.Param[jax.Array]
+    next_weight_threshold: NextWeightThreshold | None
 
     # Whether thresholds are recomputed at every step whatever the period.
     _always_exact: ClassVar[bool] = False
