@@ -717,12 +717,21 @@ def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
     """
     _check_floats("x", x)
     _check_rate("rate", rate)
-    return _dropout(1 - rate, x, dropout_mask(key, rate, x.shape))
+    return _dropout(1 - rate, x, jax.random.bernoulli(key, 1 - rate, x.shape))
 
 
-def dropout_mask(key: jax.Array, rate: float, shape: Sequence[int]) -> jax.Array:
-    """Which values `dropout` keeps, booleans."""
-    return jax.random.bernoulli(key, 1 - rate, shape)
+def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
+    """Which of ``size`` values dropout keeps, as the bitmap that `batch_norm_relu` takes.
+
+    Other values than `dropout` keeps with this key: these take less time to draw (`dropout_bits`).
+
+    Args:
+      key: what it is drawn from.
+      rate: the fraction that becomes 0, at least 0 and below 1, rounded to a multiple of 2**-16.
+      size: how many values there are.
+    """
+    _check_rate("rate", rate)
+    return kernels.draw_kept(key, rate, size)
 
 
 def _check_rate(name: str, rate: float) -> None:

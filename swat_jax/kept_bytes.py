@@ -267,7 +267,9 @@ class _Observer:
                 pool_path = f"{path}/max_pool" if path else "max_pool"
                 any_module.max_pool = self._observed_pool(any_module.max_pool, pool_path)
 
-    def _product(self, path: str, layer: Any, inputs: jax.Array | Activation, *_: Any) -> None:
+    def _product(
+        self, path: str, layer: Any, inputs: jax.Array | Activation, *_: Any, **__: Any
+    ) -> None:
         given = inputs if isinstance(inputs, Activation) else Activation(inputs)
         kernel = layer.kernel[...]
         x = given.x.astype(layer.dtype or jnp.result_type(given.x, kernel))

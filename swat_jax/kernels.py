@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from swat_jax import batch_norm, native
+from swat_jax import batch_norm, dropout_bits, native
 from swat_jax.batch_norm import Vectors
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
@@ -34,7 +34,7 @@ from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_axes, varying_like
 
-OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "fold")
+OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "dropout_bits", "fold")
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Sizes that handlers check: `Counts`, `selection_words`, `kCountsOfOne`, `Cut::words` in ops/.
@@ -488,6 +488,35 @@ def max_pool_gradient(pool: Pool, winner: jax.Array, dy: jax.Array) -> jax.Array
         return dx
 
     return _choose(kernel, pool.gradient, winner, dy)
+
+
+def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
+    """A bitmap of what dropout keeps of ``size`` values; see `swat_jax.dropout_bits`.
+
+    The same key gives the same bits on every backend.
+
+    Args:
+      key: of `jax.random`.
+      rate: the fraction that is dropped, rounded to a multiple of 2**-16.
+      size: how many values there are.
+    """
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    dropped = round(rate * dropout_bits.LEVELS)
+    twin = functools.partial(dropout_bits.draw, size=size, dropped=dropped)
+    if not _has_kernel("dropout_bits", jnp.float32) or size == 0:
+        return twin(words)
+
+    def kernel(words: jax.Array) -> jax.Array:
+        (bitmap,) = _call(
+            "dropout_bits",
+            (_words(packing.bitmap_words(size)),),
+            words,
+            n=np.int64(size),
+            dropped=np.int64(dropped),
+        )
+        return bitmap
+
+    return kernel(words) if size >= _TWIN_LIMIT else _choose(kernel, twin, words)
 
 
 def _threshold(

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
+from jax import lax
 
 from swat_jax import kernels
 from swat_jax.activations import Activation
@@ -367,10 +368,26 @@ class SwatConv(nnx.Conv, _SwatLayer):
         del self.conv_general_dilated
         self._start(granularity, weight_sparsity, activation_sparsity, threshold_every_steps, pack)
 
-    def __call__(self, inputs: jax.Array | Activation, out_sharding: Any = None) -> jax.Array:
-        """The output for an input that may come with its packed form."""
+    def __call__(
+        self,
+        inputs: jax.Array | Activation,
+        out_sharding: Any = None,
+        *,
+        constant_bias: bool = False,
+    ) -> jax.Array:
+        """The output for an input that may come with its packed form.
+
+        Args:
+          inputs: channels last.
+          out_sharding: None.
+          constant_bias: whether the bias gets no gradient. It needs none before a batch norm in
+            training mode, which takes out every constant; to add up one that is zero but for
+            rounding takes as long as a pass of the norm.
+        """
         given = inputs if isinstance(inputs, Activation) else Activation(inputs)
         bound: Any = _Bound(self, "conv_general_dilated", given)
+        if constant_bias and self.bias is not None:
+            bound.bias = nnx.Param(lax.stop_gradient(self.bias[...]))
         return nnx.Conv.__call__(bound, given.x, out_sharding)
 
     def conv_general_dilated(  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -35,6 +35,7 @@ HANDLERS = (
     "batch_norm_gradient_sums",
     "batch_norm_gradient",
     "max_pool_gradient",
+    "dropout_bits",
 )
 
 

@@ -18,15 +18,22 @@ from swat_jax import functional, kernels
 from swat_jax.activations import Activation, Branches
 from swat_jax.dropout import Dropout
 from swat_jax.layers import SwatConv, SwatLinear, selection_for
-from swat_jax.sparsity import packing
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.top_k import Count
 
 
-def apply(layer: Any, activation: Activation) -> jax.Array:
-    """The output of a layer, SWAT or stock, for its input."""
-    is_swat = isinstance(layer, SwatConv | SwatLinear)
-    return layer(activation if is_swat else activation.x)
+def apply(layer: Any, activation: Activation, norm: Any = None) -> jax.Array:
+    """The output of a layer, SWAT or stock, for its input.
+
+    Args:
+      layer: the layer.
+      activation: its input.
+      norm: the batch norm that alone reads the output, or None.
+    """
+    if isinstance(layer, SwatConv):
+        in_training = isinstance(norm, BatchNormRelu) and not norm.use_running_average
+        return layer(activation, constant_bias=in_training)
+    return layer(activation if isinstance(layer, SwatLinear) else activation.x)
 
 
 class NormRelu(nnx.BatchNorm):
@@ -101,8 +108,7 @@ class BatchNormRelu(NormRelu):
                 out = self._normalize(x, **options)
                 rest = branch(dropout(out.y[0]), readers=readers, dense=dense)
                 return Branches(readers=rest.readers, dense=rest.dense, before=out.x)
-            kept = packing.to_bitmap(dropout.draw(x.shape))
-            options |= {"kept": kept, "dropout_rate": dropout.rate}
+            options |= {"kept": dropout.draw(x.size), "dropout_rate": dropout.rate}
         choice = _Choice(readers, x)
         copies = max(1, len(readers) + dense)
         out = self._normalize(x, readers=copies, selection=choice.selection(), **options)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from swat_jax import batch_norm, kernels
+from swat_jax import batch_norm, dropout_bits, kernels
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
 
@@ -124,10 +124,17 @@ def _max_pool(dtype: Any) -> str:
     return ""
 
 
+def _dropout_bits() -> str:
+    words = jax.random.bits(jax.random.key(2), (2,), jnp.uint32)
+    found = jax.jit(lambda: kernels.draw_kept(jax.random.key(2), 0.25, 10_001))()
+    return _differs("dropout", found, dropout_bits.draw(words, 10_001, 2**14))
+
+
 SELF_TESTS: dict[str, Callable[[], str]] = {
     "threshold": _for_each_type(_threshold),
     "pack": _for_each_type(_pack),
     "unpack": _for_each_type(_unpack),
     "batch_norm": _for_each_type(_batch_norm),
     "max_pool": _for_each_type(_max_pool),
+    "dropout_bits": _dropout_bits,
 }

@@ -346,3 +346,18 @@ def momentum_budgets(
         if dense.all() or abs(surplus) < 1e-9 * total:
             return keep
         keep = np.where(dense, size, keep + surplus / (~dense).sum())
+
+
+def dropout_flags(key: np.ndarray, size: int, dropped: int) -> np.ndarray:
+    """Which values dropout keeps, in Python's integers: 16 bits of Philox4x32-10 for each."""
+    flags = []
+    for index in range(-(-size // 8)):
+        a, b, c, d, one, two = index & 0xFFFFFFFF, index >> 32, 0, 0, int(key[0]), int(key[1])
+        for _ in range(10):
+            low, high = 0xD2511F53 * a, 0xCD9E8D57 * c
+            a, b = (high >> 32) ^ b ^ one, high & 0xFFFFFFFF
+            c, d = (low >> 32) ^ d ^ two, low & 0xFFFFFFFF
+            one, two = (one + 0x9E3779B9) & 0xFFFFFFFF, (two + 0xBB67AE85) & 0xFFFFFFFF
+        for word in (a, b, c, d):
+            flags += [word & 0xFFFF >= dropped, word >> 16 >= dropped]
+    return np.array(flags[:size])

@@ -163,8 +163,8 @@ def test_a_dropout_layer_that_rests_leaves_one_pass(rests):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("dropout", [Dropout, nnx.Dropout])
 @pytest.mark.parametrize("adds", [True, False])
-def test_layer_with_dropout_equals_stock(training, dropout, adds):
-    """Whether the pass drops, or the dropout layer afterwards."""
+def test_layer_with_dropout_equals_stock(training, dropout, adds, monkeypatch):
+    """Whether the pass drops, what the layer draws for it, or the dropout layer afterwards."""
     x, residual, *_ = operands()
     reader = SwatConv(6, 4, (1, 1), weight_sparsity=0.5, pack=True, rngs=nnx.Rngs(1))
 
@@ -177,6 +177,10 @@ def test_layer_with_dropout_equals_stock(training, dropout, adds):
         )
         return out.readers[0].x, out.dense, out.before, nnx.state(drop), out.readers[0].packed
 
+    if training and dropout is Dropout and not adds:
+        # The stock side drops what the pass draws.
+        kept = packing.from_bitmap(Dropout(0.3, rngs=nnx.Rngs(2)).draw(x.size), x.size)
+        monkeypatch.setattr(jax.random, "bernoulli", lambda *_, **__: kept.reshape(x.shape))
     *found, packed = run(BatchNormRelu, dropout)
     *wanted, _ = run(NormRelu, nnx.Dropout)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 LEVELS = (
     {"errors", "files"},
     {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data", "native"},
-    {"batch_norm", "max_pool", "convolution", "activations"},
+    {"batch_norm", "max_pool", "dropout_bits", "convolution", "activations"},
     {"kernels", "config_file"},
     {"functional", "self_test"},
     {"layers", "linen", "dropout"},

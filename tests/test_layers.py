@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from swat_jax.activations import Activation
 from swat_jax.errors import UsageError
 from swat_jax.layers import (
     ActivationThreshold,
@@ -20,7 +21,7 @@ from swat_jax.layers import (
     WeightBudget,
     WeightThreshold,
 )
-from swat_jax.norm_relu import branch
+from swat_jax.norm_relu import BatchNormRelu, apply, branch
 from tests import oracle
 from tests.strategies import Grid
 
@@ -165,6 +166,36 @@ def test_evaluation_without_sparsity_is_the_stock_layer():
     assert_identical(jax.jit(swat)(x), expected[0])
     swat.eval()
     assert_identical(outputs_and_gradients(swat, x), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_a_bias_before_a_batch_norm_gets_no_gradient_in_training(training, use_bias):
+    conv = SwatConv(3, 4, (3, 3), use_bias=use_bias, weight_sparsity=0.5, rngs=nnx.Rngs(0))
+    norm = BatchNormRelu(4, rngs=nnx.Rngs(1))
+    model = nnx.List([conv, norm])
+    for layer in model:
+        layer.train() if training else layer.eval()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    x = jax.random.normal(jax.random.key(2), (2, 6, 6, 3))
+
+    def loss(params, *norms):
+        conv, norm = nnx.merge(graph, params, rest, copy=True)
+        y = norm(apply(conv, Activation(x), *(norm for _ in norms)), dense=True).dense
+        return jnp.sum(jnp.sin(3 * y))
+
+    found, wanted = jax.grad(loss)(params, None), jax.grad(loss)(params)
+    for (path, one), other in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    ):
+        largest = np.abs(other).max()
+        is_bias = "'bias'" in jax.tree_util.keystr(path) and "[0]" in jax.tree_util.keystr(path)
+        if is_bias and training:
+            assert not one.any()
+            assert largest < 1e-4  # zero but for rounding
+        else:
+            assert largest > 1e-3
+            np.testing.assert_array_equal(one, other)
 
 
 # ---------- SWAT's rules through the layers ----------

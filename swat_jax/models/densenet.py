@@ -29,7 +29,7 @@ class DenseLayer(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         active = self.norm1(x, readers=[self.conv1], before=True)
-        y = self.norm2(apply(self.conv1, active.readers[0]), readers=[self.conv2])
+        y = self.norm2(apply(self.conv1, active.readers[0], self.norm2), readers=[self.conv2])
         y = apply(self.conv2, y.readers[0])
         return jnp.concatenate([active.before, y], axis=-1)
 

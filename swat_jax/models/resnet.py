@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from swat_jax.activations import Branches
+from swat_jax.activations import Activation, Branches
 from swat_jax.models import pooling
 from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.norm_relu import apply, branch
@@ -29,7 +29,7 @@ def reads(block: Any) -> dict[str, Any]:
 def shortcut(block: Any, x: Branches) -> jax.Array | None:
     """What a block adds to the output of its last norm."""
     if block.projects:
-        y = apply(block.shortcut, x.readers[1])
+        y = apply(block.shortcut, x.readers[1], block.shortcut_norm)
         return block.shortcut_norm(y, relu=False, dense=True).dense
     return x.dense
 
@@ -54,8 +54,8 @@ class BasicBlock(nnx.Module):
             self.shortcut_norm = make.norm_relu(width)
 
     def __call__(self, x: Branches, after: Mapping[str, Any]) -> Branches:
-        y = self.norm1(apply(self.conv1, x.readers[0]), readers=[self.conv2])
-        y = apply(self.conv2, y.readers[0])
+        y = self.norm1(apply(self.conv1, x.readers[0], self.norm1), readers=[self.conv2])
+        y = apply(self.conv2, y.readers[0], self.norm2)
         return self.norm2(y, shortcut(self, x), **after)
 
 
@@ -80,9 +80,9 @@ class Bottleneck(nnx.Module):
             self.shortcut_norm = make.norm_relu(outputs)
 
     def __call__(self, x: Branches, after: Mapping[str, Any]) -> Branches:
-        y = self.norm1(apply(self.conv1, x.readers[0]), readers=[self.conv2])
-        y = self.norm2(apply(self.conv2, y.readers[0]), readers=[self.conv3])
-        y = apply(self.conv3, y.readers[0])
+        y = self.norm1(apply(self.conv1, x.readers[0], self.norm1), readers=[self.conv2])
+        y = self.norm2(apply(self.conv2, y.readers[0], self.norm2), readers=[self.conv3])
+        y = apply(self.conv3, y.readers[0], self.norm3)
         return self.norm3(y, shortcut(self, x), **after)
 
 
@@ -135,7 +135,7 @@ class ResNet(nnx.Module):
         stages = [getattr(self, f"stage{number + 1}") for number in range(self.num_stages)]
         blocks: list[Any] = list(itertools.chain(*stages))
         followers = [*map(reads, blocks), {"dense": True}]
-        y: Any = self.stem(x)
+        y: Any = apply(self.stem, Activation(x), self.stem_norm)
         if self.stem_pools:
             y = self.stem_norm(y, dense=True).dense
             y = pooling.max_three_by_two(y, self.max_pool)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from swat_jax.activations import Branches
+from swat_jax.activations import Activation, Branches
 from swat_jax.models import pooling
 from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.norm_relu import apply, branch
@@ -29,7 +29,7 @@ class ConvUnit(nnx.Module):
         self.norm = make.norm_relu(outputs)
 
     def __call__(self, x: Branches, after: Mapping[str, Any]) -> Branches:
-        return self.norm(apply(self.conv, x.readers[0]), **after)
+        return self.norm(apply(self.conv, x.readers[0], self.norm), **after)
 
 
 class VGG(nnx.Module):
@@ -75,7 +75,7 @@ class VGG(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits (N, num_classes), float32, of images (N, H, W, C)."""
         pooling.check_image(x, network="VGG", smallest=2 ** len(WIDTHS))
-        x = self.stem(x)
+        x = apply(self.stem, Activation(x), self.stem_norm)
         for number in range(1, len(WIDTHS) + 1):
             units = getattr(self, f"stage{number}")
             followers = [*({"readers": [unit.conv]} for unit in units), {"dense": True}]

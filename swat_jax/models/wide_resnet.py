@@ -37,7 +37,7 @@ class WideBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         readers = [self.conv1, self.shortcut] if self.projects else [self.conv1]
         active = self.norm1(x, readers=readers, before=not self.projects)
-        y = apply(self.conv1, active.readers[0])
+        y = apply(self.conv1, active.readers[0], self.norm2)
         y = self.norm2(y, readers=[self.conv2], dropout=self.dropout)
         y = apply(self.conv2, y.readers[0])
         return y + (apply(self.shortcut, active.readers[1]) if self.projects else active.before)

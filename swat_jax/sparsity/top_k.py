@@ -200,7 +200,7 @@ def scale_count(keep: Count, size: int, new_size: int) -> Count:
     quotient = quotient + (remainder > 0)
     if new_size < _ONE_WORD_LIMIT:
         return bits * jnp.uint32(whole) + quotient
-    high, low = _multiply(bits, whole)
+    high, low = wide_product(bits, whole)
     total = low + quotient
     return jnp.stack([high + (total < low), total])
 
@@ -258,7 +258,7 @@ def _at_least(count: tuple[jax.Array, ...], wanted: tuple[jax.Array, ...]) -> ja
     return (count[0] > wanted[0]) | ((count[0] == wanted[0]) & (count[1] >= wanted[1]))
 
 
-def _multiply(value: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
+def wide_product(value: jax.Array, factor: int) -> tuple[jax.Array, jax.Array]:
     """The 64-bit product of a uint32 and a constant below 2**32, as (high, low)."""
     a_high, a_low = value >> 16, value & 0xFFFF
     b_high, b_low = jnp.uint32(factor >> 16), jnp.uint32(factor & 0xFFFF)

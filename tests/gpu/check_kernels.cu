@@ -18,6 +18,7 @@
 
 #include "batch_norm.cu"
 #include "batch_norm_relu.cu"
+#include "dropout.cu"
 #include "max_pool.cu"
 #include "pack.cu"
 #include "thresholds.cu"
@@ -477,6 +478,22 @@ void run_thresholds(int64_t scale, int repeats) {
   }
 }
 
+void run_dropout(int64_t scale) {
+  const int64_t n = 10000 * scale + 7, words = bitmap_words(n);
+  Buffer<uint32_t> key(2), bitmap(words);
+  key.set({0, 0});
+  check_cuda(launch(nullptr, draw_kernel, 0, 3, key.get(), 19661u, n, bitmap.get()), "dropout");
+  check_cuda(cudaDeviceSynchronize(), "dropout");
+  const auto found = bitmap.read();
+  int64_t kept = 0;
+  for (const uint32_t word : found) kept += __builtin_popcount(word);
+  expect(std::abs(static_cast<double>(kept) - 0.7 * n) < 5 * std::sqrt(0.21 * n), "share kept");
+  // The first hash is 6627e8d5 e169c58d bc57ac4c 9b00dbd8, by its authors.
+  expect((found[0] & 0xff) == 0xff, "known answer");
+  expect(found.back() >> (n % 32) == 0, "beyond the end");
+  bitmap.expect_zones_untouched("around what dropout keeps");
+}
+
 template <typename T>
 void run_all(int64_t scale, int repeats) {
   run_thresholds<T>(scale, repeats);
@@ -499,6 +516,7 @@ int main(int argc, char** argv) {
   swat::run_all<__nv_bfloat16>(scale, repeats);
   swat::run_all<__half>(scale, repeats);
   swat::run_max_pool();
+  swat::run_dropout(scale);
   swat::expect(swat::guesses > 0, "guesses");
   if (swat::failures == 0) std::printf("all kernels ok\n");
   return swat::failures == 0 ? 0 : 1;

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swat_jax import batch_norm, kernels, native
+from swat_jax import batch_norm, dropout_bits, kernels, native
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
 from tests import oracle
@@ -557,6 +557,30 @@ def test_max_pool_gradient(dtype, channels, window, strides, padding):
     same(jax.jit(gradient)(winner, jnp.asarray(dy, dtype)), expected)
     many = jax.jit(jax.vmap(gradient))(jnp.stack([winner] * 3), jnp.stack([dy] * 3).astype(dtype))
     same(many, np.stack([expected] * 3))
+
+
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 2049, 100_001])
+def test_what_dropout_keeps(size):
+    key = jax.random.key(size)
+    words = np.asarray(jax.random.bits(key, (2,), jnp.uint32))
+    for rate in (0.0, 0.3, 2**-16, 0.9999):
+        found = jax.jit(lambda key, r=rate: kernels.draw_kept(key, r, size))(key)
+        flags = oracle.dropout_flags(words, size, round(rate * 2**16))
+        same(found, packing.to_bitmap(jnp.asarray(flags)), f"{rate}")
+    keys = jax.random.split(key, 3)
+    draw = functools.partial(kernels.draw_kept, rate=0.3, size=size)
+    many = jax.jit(jax.vmap(draw))(keys)
+    for one, key in zip(many, keys, strict=True):
+        same(one, jax.jit(draw)(key))
+
+
+def test_what_dropout_keeps_of_many_values_is_its_definition():
+    size = 50_000_003
+    with_kernel = jax.jit(lambda key: kernels.draw_kept(key, 0.3, size))
+    key = jax.random.key(7)
+    words = jax.random.bits(key, (2,), jnp.uint32)
+    twin = jax.jit(lambda words: dropout_bits.draw(words, size, round(0.3 * 2**16)))
+    same(with_kernel(key), twin(words))
 
 
 def test_twenty_runs_have_the_same_bits():

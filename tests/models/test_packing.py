@@ -17,6 +17,7 @@ from swat_jax.models import densenet, resnet, wide_resnet
 from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.models.layer_types import LayerTypes
 from swat_jax.norm_relu import BatchNormRelu
+from swat_jax.sparsity import packing
 
 COMMON: dict[str, Any] = {"num_classes": 3, "in_channels": 3}
 NETWORKS: dict[str, Any] = {
@@ -35,10 +36,20 @@ NETWORKS: dict[str, Any] = {
 SHAPE = (4, 16, 16, 3)
 
 
+class DrawnAlike(Dropout):
+    """Stock dropout, with the bits that are drawn where it is part of batch norm's pass."""
+
+    def __call__(self, inputs: jax.Array, **_: Any) -> jax.Array:
+        kept = packing.from_bitmap(self.draw(inputs.size), inputs.size).reshape(inputs.shape)
+        return jnp.where(kept, inputs / (1 - self.rate), 0)
+
+
 def build(name: str, packs: bool, period: int, budgets: str = "equal") -> Any:
     options = {"weight_sparsity": 0.9, "threshold_every_steps": period, "pack": packs}
     types = LayerTypes(
-        functools.partial(SwatConv, **options), functools.partial(SwatLinear, **options)
+        functools.partial(SwatConv, **options),
+        functools.partial(SwatLinear, **options),
+        dropout=DrawnAlike,
     )
     if packs:
         types = LayerTypes(types.conv, types.linear, BatchNormRelu, functional.max_pool, Dropout)
