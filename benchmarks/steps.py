@@ -1,6 +1,6 @@
 """Training steps of whole networks: time and peak memory, sparse against dense.
 
-    python benchmarks/steps.py --output docs/results/steps_h100.json
+    python benchmarks/steps.py --output docs/results/steps_h200.json
     python benchmarks/steps.py --networks imagenet_resnet50:256 --methods dense u90 --rounds 3
     python benchmarks/steps.py --merge some.json others.json --output all.json
 

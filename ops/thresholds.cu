@@ -128,6 +128,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         search = {0, ranks(0)};
       } else {
         search = searches[t];
+        __syncthreads();  // who has found that there are too few values does not wait otherwise
         select_digit<T>(memory, counts, digit - 1, search);
       }
       if (threadIdx.x == 0) searches[t] = search;
