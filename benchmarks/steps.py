@@ -15,6 +15,9 @@ The time of a step at period P is ``((P - 1) * reused + refreshed) / P``. Both a
 several stretches of steps, and the least of all rounds; ratios are to dense in the same group.
 Steps that reuse thresholds are timed soon after a refresh: in a run of a long period thresholds
 drift further, and more tensors are refreshed early.
+At batches of at most 128 a hundred steps are dispatched at once on data that lie on the device,
+with augmentation, as in training, and the time is their mean: the host could not dispatch single
+ones as fast as they run.
 Memory is told in four ways: what the allocator saw at most (`peak_mib`, without the batches that
 wait), what XLA plans for arguments, results and everything between (`xla_mib`), of that what lives
 inside a step (`temporary_mib`), and what layers keep for their backward passes (`kept_mib`).

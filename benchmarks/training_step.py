@@ -29,6 +29,8 @@ from swat_jax.sparsity import top_k
 # same, since the network learns them by heart.
 BATCHES = 8
 NEVER = 10**9  # a period after which nobody waits
+# At batches as small as this many steps are dispatched at once, as in training.
+MOST_RESIDENT = 128
 BLOCKS: tuple[Any, ...] = (BasicBlock, Bottleneck, WideBlock, DenseLayer, Transition)
 
 
@@ -94,6 +96,48 @@ class TrainingStep:
         return found.argument_size_in_bytes + results + found.temp_size_in_bytes
 
 
+@dataclasses.dataclass
+class ResidentSteps(TrainingStep):
+    """Many steps in one dispatch on data that lie on the device, as `swat_jax.feed` trains.
+
+    They refresh thresholds as the config asks for. At small batches the host, which takes
+    milliseconds to dispatch a step, would be timed otherwise.
+
+    Attributes:
+      steps: of a dispatch, whole periods.
+      order: of the images.
+    """
+
+    steps: int = 1
+    order: jax.Array | None = None
+
+    def run(self, *, refresh: bool = False) -> None:
+        """All steps of a dispatch, asynchronously; those that are due refresh thresholds."""
+        start = {**self.state, "step": jnp.zeros_like(self.state["step"])}
+        self.state, _ = self.compiled(start, *self.batches[0], self.order)
+        self.done += self.steps
+
+    def milliseconds(self, count: int, *, refresh: bool = False) -> float:
+        """Mean time of a step over at least ``count`` of them, whole dispatches."""
+        dispatches = -(-count // self.steps)
+        return super().milliseconds(dispatches) / self.steps
+
+    @property
+    def peak_bytes(self) -> int:
+        """As of single steps: with one batch of images in place of the whole data set."""
+        return max(super().peak_bytes - self._others, 0)
+
+    @property
+    def xla_bytes(self) -> int:
+        """Likewise."""
+        return super().xla_bytes - self._others
+
+    @property
+    def _others(self) -> int:
+        images = self.batches[0][0]
+        return images.nbytes * (len(images) - self.config.batch_size) // len(images)
+
+
 def make_method(network: str, method: Method) -> TrainingStep:
     """A step of a network, written CONFIG:BATCH, in one of the ways of `methods.METHODS`."""
     name, batch = network.split(":")
@@ -124,7 +168,8 @@ def make(
     config.batch_size, config.precision = batch, precision
     config.update_from_flattened_dict(dict(settings or {}))
     period = config.sparsity.threshold_every_steps
-    if period > 1:  # steps are timed apart, those that refresh and those that do not
+    resident = batch <= MOST_RESIDENT and not only_compile and name.startswith("cifar")
+    if period > 1 and not resident:  # timed apart: steps that refresh and those that do not
         config.sparsity.threshold_every_steps = NEVER
     size, classes = (224, 1000) if name.startswith("imagenet") else (32, 10)
     info = Info(
@@ -141,6 +186,14 @@ def make(
         compiled = train_step.lower(jax.eval_shape(make_state), images, labels).compile()
         return TrainingStep(config, info, compiled, None, (), period)
     rng = np.random.default_rng(0)
+    if resident:
+        images = rng.integers(0, 256, (info.num_train, *shape[1:]), np.uint8)
+        labels = rng.integers(0, classes, info.num_train).astype(np.int32)
+        data = tuple(jax.device_put(array, trainer.replicated) for array in (images, labels))
+        state, order, steps = make_state(), trainer.epoch_order(0), period * (100 // period or 1)
+        compiled = trainer.train_steps.lower(state, *data, order, steps).compile()
+        given: Any = (data,)
+        return ResidentSteps(config, info, compiled, state, given, period, steps=steps, order=order)
     batches = tuple(
         step.put_batch(
             trainer,

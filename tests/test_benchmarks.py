@@ -85,6 +85,24 @@ def test_a_sort_finds_the_exact_threshold(load, dtype, keep):
     assert found == expected
 
 
+def test_steps_of_one_dispatch_begin_with_a_refresh_and_count_one_batch(load):
+    calls = []
+
+    def compiled(state, images, labels, order):
+        calls.append(int(state["step"]))
+        return {"step": state["step"] + 20}, {}
+
+    images, labels = jnp.zeros((50, 8, 8, 3), jnp.uint8), jnp.zeros(50, jnp.int32)
+    measured = load("training_step").ResidentSteps(
+        config=types.SimpleNamespace(batch_size=5), info=None, compiled=compiled,
+        state={"step": jnp.int32(7)}, batches=((images, labels),), period=10, steps=20,
+        order=jnp.arange(50),
+    )  # fmt: skip
+    assert measured.milliseconds(30) > 0
+    assert (calls, measured.done) == ([0, 0], 40)
+    assert measured._others == 45 * 8 * 8 * 3
+
+
 def test_naive_and_blocks_are_set_apart_only_inside(load):
     steps, methods = load("training_step"), load("methods").METHODS
     before, block = top_k.threshold, BasicBlock.__call__
