@@ -191,7 +191,8 @@ def make(
         labels = rng.integers(0, classes, info.num_train).astype(np.int32)
         data = tuple(jax.device_put(array, trainer.replicated) for array in (images, labels))
         state, order, steps = make_state(), trainer.epoch_order(0), period * (100 // period or 1)
-        compiled = trainer.train_steps.lower(state, *data, order, steps).compile()
+        many: Any = trainer.train_steps
+        compiled = many.lower(state, *data, order, steps).compile()
         given: Any = (data,)
         return ResidentSteps(config, info, compiled, state, given, period, steps=steps, order=order)
     batches = tuple(
