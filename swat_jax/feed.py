@@ -1,20 +1,23 @@
 """Where the batches of a run come from: the device itself, or the host.
 
 Both have the same face: `advance` does the steps up to the next point at which the host has
-something to do, `sample` is the batch on which sparsity is measured.
+something to do, `evaluation` gives the batches of a split that is scored, `sample` is the batch on
+which sparsity is measured.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
 
 from swat_jax import data, step
-from swat_jax.data import Dataset
+from swat_jax.data import Dataset, Split
 from swat_jax.step import Trainer, TrainState
+
+Inputs = tuple[jax.Array, jax.Array]
 
 
 class Resident:
@@ -22,6 +25,8 @@ class Resident:
 
     def __init__(self, trainer: Trainer, dataset: Dataset) -> None:
         self._trainer = trainer
+        self._dataset = dataset
+        self._evaluation: dict[Split, list[Inputs]] = {}
         images, labels = dataset.arrays("train")
         self._images = jax.device_put(images, trainer.replicated)
         self._labels = jax.device_put(labels, trainer.replicated)
@@ -48,8 +53,14 @@ class Resident:
         )
         return state, values, count
 
+    def evaluation(self, split: Split) -> Iterable[Inputs]:
+        """Images and labels of a split in batches, which stay on the device."""
+        if split not in self._evaluation:
+            self._evaluation[split] = list(_put(self._trainer, self._dataset, split))
+        return self._evaluation[split]
+
     @functools.cached_property
-    def sample(self) -> tuple[jax.Array, jax.Array]:
+    def sample(self) -> Inputs:
         """The batch on which sparsity is measured: the same in every process of a run."""
         batch = self._trainer.config.batch_size
         order = self._trainer.epoch_order(0)
@@ -79,11 +90,20 @@ class Stream:
         state, values = self._trainer.train_step(state, *inputs)
         return state, jax.tree.map(lambda value: value[None], values), 1
 
+    def evaluation(self, split: Split) -> Iterable[Inputs]:
+        """Images and labels of a split in batches."""
+        return _put(self._trainer, self._dataset, split)
+
     @functools.cached_property
-    def sample(self) -> tuple[jax.Array, jax.Array]:
+    def sample(self) -> Inputs:
         """The batch on which sparsity is measured: the same in every process of a run."""
         batch = next(iter(self._dataset.train(0)))
         return step.put_batch(self._trainer, batch["image"], batch["label"])
+
+
+def _put(trainer: Trainer, dataset: Dataset, split: Split) -> Iterator[Inputs]:
+    for batch in dataset.evaluate(split):
+        yield step.put_batch(trainer, batch["image"], batch["label"])
 
 
 def total_steps(trainer: Trainer) -> int:

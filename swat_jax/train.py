@@ -21,6 +21,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ import jax
 import numpy as np
 
 from swat_jax import checkpoint, data, flops, method, metrics, pruning, step
-from swat_jax.data import Dataset, Info, Split
+from swat_jax.data import Info
 from swat_jax.errors import RunError, UsageError
-from swat_jax.feed import Feed, Resident, Stream, total_steps
+from swat_jax.feed import Feed, Inputs, Resident, Stream, total_steps
 from swat_jax.step import Trainer, TrainState
 
 # How many of a run's last rates its images per second are the median of.
@@ -129,7 +130,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
         logged, since = done, time.monotonic()
         while True:
             if not scored and _is_score_due(trainer, done):
-                scores = _evaluate_epoch(trainer, dataset, state, feed, report)
+                scores = _evaluate_epoch(trainer, state, feed, report)
                 progress.message(_epoch_line(-(-done // trainer.steps_per_epoch), scores))
                 if writer is not None:
                     writer.write(done, scores, kind="eval")
@@ -175,7 +176,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
             if chosen is not None:
                 state = _resumed(trainer, chosen)
                 progress.message(f"final scores are of step {chosen.step}, best on the holdout")
-        result = _final(trainer, dataset, state, feed, report)
+        result = _final(trainer, state, feed, report)
 
     if jax.process_index() == 0:
         metrics.write_json(workdir / "result.json", result)
@@ -255,17 +256,16 @@ def _is_score_due(trainer: Trainer, done: int) -> bool:
 
 def _evaluate_epoch(
     trainer: Trainer,
-    dataset: Dataset,
     state: TrainState,
     feed: Feed,
     report: _Report,
 ) -> dict[str, float]:
     """Scores under exact masks, and the sparsity of a training batch."""
     params = trainer.prune(state)
-    test = evaluate(trainer, dataset, "test", params, state["batch_stats"])
+    test = evaluate(trainer, feed.evaluation("test"), params, state["batch_stats"])
     scores = {f"test_{name}": value for name, value in test.items()}
-    if dataset.info.num_holdout:
-        held = evaluate(trainer, dataset, "holdout", params, state["batch_stats"])
+    if trainer.info.num_holdout:
+        held = evaluate(trainer, feed.evaluation("holdout"), params, state["batch_stats"])
         scores |= {f"holdout_{name}": value for name, value in held.items()}
     measured = _measure(trainer, state, feed)
     report.flop_reduction += measured.flop_reduction
@@ -280,14 +280,13 @@ def _evaluate_epoch(
 
 
 def evaluate(
-    trainer: Trainer, dataset: Dataset, split: Split, params: Any, batch_stats: Any
+    trainer: Trainer, batches: Iterable[Inputs], params: Any, batch_stats: Any
 ) -> dict[str, float]:
     """Scores of weights, as they are, in the dense network.
 
     Args:
       trainer: from `step.make_trainer`.
-      dataset: where the split is from.
-      split: "train", "holdout" or "test".
+      batches: images and labels, as `step.put_batch` makes them.
       params: weights.
       batch_stats: running averages of batch norm.
 
@@ -295,10 +294,7 @@ def evaluate(
       ``loss`` (mean cross-entropy), ``accuracy`` (top-1) and ``top5_accuracy``, as fractions.
     """
     sums: dict[str, float] = {"count": 0, "loss": 0, "correct": 0, "correct_top5": 0}
-    pending = [
-        trainer.eval_step(params, batch_stats, *step.put_batch(trainer, b["image"], b["label"]))
-        for b in dataset.evaluate(split)
-    ]
+    pending = [trainer.eval_step(params, batch_stats, *inputs) for inputs in batches]
     for values in jax.device_get(pending):
         for name, value in values.items():
             sums[name] += float(value)
@@ -342,7 +338,6 @@ def _measure(trainer: Trainer, state: TrainState, feed: Feed) -> _Measured:
 
 def _final(
     trainer: Trainer,
-    dataset: Dataset,
     state: TrainState,
     feed: Feed,
     report: _Report,
@@ -355,7 +350,7 @@ def _final(
     }
     result: dict[str, Any] = {}
     for name, params in candidates.items():
-        scores = evaluate(trainer, dataset, "test", params, state["batch_stats"])
+        scores = evaluate(trainer, feed.evaluation("test"), params, state["batch_stats"])
         result[name] = scores["accuracy"]
         result[name.replace("accuracy", "top5_accuracy")] = scores["top5_accuracy"]
     measured = _measure(trainer, state, feed)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swat_jax import config_file, step, train
+from swat_jax import config_file, feed, step, train
 from swat_jax.data import Info
 
 CLASSES = 10
@@ -77,10 +77,33 @@ class TwoBatches:
             yield {"image": np.zeros((8, 8, 8, 1), np.uint8), "label": np.array(labels, np.int32)}
 
 
+def test_a_split_that_stays_on_the_device_is_read_once(trainer):
+    class Arrays(TwoBatches):
+        reads = 0
+
+        def arrays(self, split):
+            assert split == "train"
+            return np.zeros((8, 8, 8, 1), np.uint8), np.zeros(8, np.int32)
+
+        def evaluate(self, split):
+            self.reads += 1
+            return super().evaluate(split)
+
+    dataset = Arrays()
+    resident = feed.Resident(trainer[0], dataset)
+    first, again = (list(resident.evaluation("test")) for _ in range(2))
+    assert dataset.reads == 1
+    assert [a is b for a, b in zip(first, again, strict=True)] == [True, True]
+    for inputs, batch in zip(first, TwoBatches().evaluate("test"), strict=True):
+        np.testing.assert_array_equal(inputs[0], batch["image"])
+        np.testing.assert_array_equal(inputs[1], batch["label"])
+
+
 def test_means_are_over_all_images_and_not_over_batches(trainer):
     logits = np.linspace(1, -1, CLASSES)
     labels = [*range(10), 0]
-    found = train.evaluate(trainer[0], TwoBatches(), "test", *weights(trainer, logits))
+    batches = feed.Stream(trainer[0], TwoBatches()).evaluation("test")
+    found = train.evaluate(trainer[0], batches, *weights(trainer, logits))
     log_z = np.log(np.exp(logits).sum())
     assert found["loss"] == pytest.approx(np.mean(log_z - logits[labels]), rel=1e-6)
     assert found["accuracy"] == pytest.approx(2 / 11)
