@@ -1,0 +1,140 @@
+"""Rows of the table: run, cut off, moved to another place, finished there; figures and weights."""
+
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPT = ROOT / "benchmarks" / "reproduce.py"
+NAME = "cifar10_resnet18_u90_seed3"
+SMALL = (
+    *("model.name=resnet8", "batch_size=16", "epochs=3", "precision=float32", "log.every_steps=2"),
+    *("data.image_size=8", "eval.batch_size=16", "sparsity.threshold_every_steps=2"),
+)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("data") / "cifar10.npz"
+    arrays = {
+        f"{split}_{kind}": made
+        for split, count in (("train", 64), ("test", 20))
+        for kind, made in (
+            ("images", rng.integers(0, 256, (count, 8, 8, 3), np.uint8)),
+            ("labels", rng.permutation(np.arange(count) % 10).astype(np.int64)),
+        )
+    }
+    np.savez(path, **arrays)
+    return path
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    return importlib.import_module
+
+
+def reproduce(place, *arguments):
+    command = [sys.executable, str(SCRIPT), "--runs", str(place / "runs")]
+    command += ["--output", str(place / "results"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.timeout(300)
+def test_a_row_is_cut_off_moved_and_finished(tmp_path, images, load):
+    here, there = tmp_path / "here", tmp_path / "there"
+    rows = ("--rows", "cifar10_resnet18:u90", "--seeds", 3, "--data", images)
+    rows += ("--checkpoint_epochs", 1, "--set", *SMALL)
+    parts = tmp_path / "parts"
+
+    first = reproduce(here, *rows, "max_steps=4", "--seconds", 0.01, "--pack", parts)
+    assert first.returncode == 3, first.stdout + first.stderr
+    assert "cut off" in first.stdout
+
+    # The first epoch alone, as if time had been up then.
+    second = reproduce(here, *rows, "max_steps=4", "--no_weights", "--pack", parts)
+    assert second.returncode == 0, second.stdout + second.stderr
+    figures = here / "results" / f"{NAME}.json"
+    assert json.loads(figures.read_text())["steps"] == 4
+    # It is not finished: its figures go, and it goes on elsewhere.
+    figures.unlink()
+    (here / "runs" / NAME / "result.json").unlink()
+    assert reproduce(here, "--pack", parts).returncode == 0
+
+    third = reproduce(there, "--unpack", parts, *rows)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "resumed at step 4" in (there / "runs" / f"{NAME}.log").read_text()
+    found = json.loads((there / "results" / f"{NAME}.json").read_text())
+    assert (found["network"], found["method"], found["seed"]) == ("resnet8", "u90", 3)
+    assert (found["steps"], len(found["epochs"])) == (12, 3)
+    assert found["config"]["data"]["data_dir"] == "cifar10.npz"
+    assert 0 <= found["pruned_test_accuracy"] <= 1
+
+    again = reproduce(there, *rows, "--pack", parts)
+    assert (again.returncode, again.stdout.count("\n")) == (0, 1)  # the one part, and no row
+    # Of a run that is done, only figures and weights travel.
+    assert sum(path.stat().st_size for path in parts.iterdir()) < 2**20
+    check_weights(there, found, load("pruned_weights"))
+
+
+def check_weights(place, found, pruned_weights):
+    weights = pruned_weights.restore(place / "runs" / "weights" / f"{NAME}.npz")
+    arrays, sparse = pruned_weights.load(place / "runs" / NAME)
+    assert weights.keys() == arrays.keys()
+    for path, array in arrays.items():
+        np.testing.assert_array_equal(weights[path], array)
+    zeros = sum(np.count_nonzero(arrays[path] == 0) for path in sparse)
+    size = sum(arrays[path].size for path in arrays if path.endswith("/kernel"))
+    assert zeros / size == pytest.approx(found["weight_sparsity"], abs=1e-6)
+    narrow = pruned_weights.compact(arrays, sparse, narrow=True)
+    file = place / "narrow.npz"
+    np.savez_compressed(file, **narrow)
+    for path, array in pruned_weights.restore(file).items():
+        np.testing.assert_allclose(array, arrays[path], rtol=2**-8 if path in sparse else 0)
+
+
+def test_a_row_that_fails_is_told_with_what_it_said(tmp_path, images):
+    result = reproduce(
+        tmp_path, "--rows", "cifar10_resnet18:u90", "--data", images, "--set", "batch_size=999"
+    )
+    assert result.returncode == 1
+    assert "cifar10_resnet18_u90_seed0: failed" in result.stdout
+    assert "error: config." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --rows, --pack or --unpack"),
+        (["--rows", "cifar10_resnet18"], "--rows must be CONFIG:METHOD"),
+        (["--rows", "cifar10_resnet18:u90"], "--rows needs --data"),
+    ],
+)
+def test_what_is_asked_for_must_be_whole(tmp_path, arguments, message):
+    result = reproduce(tmp_path, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_parts_are_small_and_damage_is_noticed(tmp_path, load):
+    parts = load("parts")
+    source = tmp_path / "file"
+    source.write_bytes(np.random.default_rng(0).bytes(50_000))
+    found = parts.pack({"a/b": source}, tmp_path / "parts", most_bytes=20_000)
+    assert [path.stat().st_size <= 20_000 for path in found] == [True] * len(found)
+    assert len(found) > 2
+    parts.unpack(tmp_path / "parts", tmp_path / "to")
+    assert (tmp_path / "to" / "a" / "b").read_bytes() == source.read_bytes()
+    last = found[-1].read_bytes()
+    found[-1].write_bytes(b"x" + last[1:])
+    with pytest.raises(SystemExit, match="damaged"):
+        parts.unpack(tmp_path / "parts", tmp_path / "to")
+    found[-1].unlink()
+    with pytest.raises(SystemExit, match=r"holds \d of \d parts"):
+        parts.unpack(tmp_path / "parts", tmp_path / "to")
