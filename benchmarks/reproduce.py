@@ -1,6 +1,6 @@
 r"""Trains rows of the paper's tables at full length and keeps what came out.
 
-    python benchmarks/reproduce.py --data cifar10.npz --runs runs --jobs 2 \
+    python benchmarks/reproduce.py --data DATA --runs runs --jobs 2 \
         --rows cifar10_resnet18:channel70 cifar10_resnet18:dense cifar10_vgg16:u90
     python benchmarks/reproduce.py --runs runs --pack parts
     python benchmarks/reproduce.py --runs runs --unpack parts
@@ -42,16 +42,18 @@ NOT_KEPT = ("num_classes", "image_shape")
 
 
 class Row(NamedTuple):
-    """A run: a config's file without its ending, a method, a seed."""
+    """A run: a config's file without its ending, a method, a seed; a label if settings differ."""
 
     config: str
     method: str
     seed: int
+    label: str = ""
 
     @property
     def name(self) -> str:
         """Of its folder and its files."""
-        return f"{self.config}_{self.method}_seed{self.seed}"
+        label = f"_{self.label}" if self.label else ""
+        return f"{self.config}_{self.method}{label}_seed{self.seed}"
 
 
 def command(row: Row, options: argparse.Namespace) -> list[str]:
@@ -60,7 +62,7 @@ def command(row: Row, options: argparse.Namespace) -> list[str]:
         *(sys.executable, "-m", "swat_jax.main"),
         *("--config", f"configs/{row.config}.py:{row.method}"),
         *("--workdir", str(options.runs / row.name)),
-        "--config.data.source=npz",
+        f"--config.data.source={'npz' if options.data.endswith('.npz') else 'tfds'}",
         f"--config.data.data_dir={options.data}",
         f"--config.seed={row.seed}",
         f"--config.checkpoint.every_epochs={options.checkpoint_epochs}",
@@ -144,6 +146,8 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {
         "date": datetime.date.today().isoformat(),
+        "label": row.label,
+        "settings": options.set,
         **{key: value for key, value in result.items() if key not in NOT_KEPT},
         "epochs": by_epoch(lines),
         "config": json.loads((folder / "config.json").read_text()),
@@ -207,7 +211,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Rows of the paper's tables, at full length.")
     parser.add_argument("--rows", nargs="+", default=[], metavar="CONFIG:METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--data", help="CIFAR-10 as .npz")
+    parser.add_argument("--data", help="a TFDS directory with CIFAR-10, or an .npz file")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs"))
     output = pathlib.Path("docs/results/cifar10")
     parser.add_argument("--output", type=pathlib.Path, default=output, help="for the JSON files")
@@ -215,6 +219,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="stop after as many, to go on later")
     parser.add_argument("--checkpoint_epochs", type=int, default=10)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")
+    parser.add_argument("--label", default="", help="of runs with --set, part of their names")
     parser.add_argument("--no_weights", dest="weights", action="store_false")
     parser.add_argument("--poll_seconds", type=float, default=0.5, help=argparse.SUPPRESS)
     parser.add_argument("--pack", type=pathlib.Path, metavar="FOLDER")
@@ -223,13 +228,15 @@ def main() -> int:
     if options.unpack:
         unpack(options)
     rows = [
-        Row(*name.split(":", 1), seed=seed)
+        Row(*name.split(":", 1), seed=seed, label=options.label)
         for seed in options.seeds
         for name in options.rows
         if ":" in name or parser.error(f"--rows must be CONFIG:METHOD, got {name}")
     ]
+    if bool(options.set) != bool(options.label):
+        parser.error("--set and --label belong together: what differs from a row is not that row")
     if rows and not options.data:
-        parser.error("--rows needs --data, CIFAR-10 as .npz")
+        parser.error("--rows needs --data, a TFDS directory with CIFAR-10 or an .npz file")
     if not (rows or options.pack or options.unpack):
         parser.error("give --rows, --pack or --unpack")
     try:

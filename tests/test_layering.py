@@ -32,7 +32,8 @@ LEVELS = (
     {"step"},
     {"feed"},
     {"train"},
-    {"main", "info"},
+    {"main", "info", "report_figures"},
+    {"report"},
 )
 HEIGHT = {unit: height for height, units in enumerate(LEVELS) for unit in units}
 

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "reproduce.py"
-NAME = "cifar10_resnet18_u90_seed3"
+NAME = "cifar10_resnet18_u90_small_seed3"
 SMALL = (
     *("model.name=resnet8", "batch_size=16", "epochs=3", "precision=float32", "log.every_steps=2"),
     *("data.image_size=8", "eval.batch_size=16", "sparsity.threshold_every_steps=2"),
@@ -50,7 +50,7 @@ def reproduce(place, *arguments):
 def test_a_row_is_cut_off_moved_and_finished(tmp_path, images, load):
     here, there = tmp_path / "here", tmp_path / "there"
     rows = ("--rows", "cifar10_resnet18:u90", "--seeds", 3, "--data", images)
-    rows += ("--checkpoint_epochs", 1, "--set", *SMALL)
+    rows += ("--checkpoint_epochs", 1, "--label", "small", "--set", *SMALL)
     parts = tmp_path / "parts"
 
     first = reproduce(here, *rows, "max_steps=4", "--seconds", 0.01, "--pack", parts)
@@ -100,11 +100,10 @@ def check_weights(place, found, pruned_weights):
 
 
 def test_a_row_that_fails_is_told_with_what_it_said(tmp_path, images):
-    result = reproduce(
-        tmp_path, "--rows", "cifar10_resnet18:u90", "--data", images, "--set", "batch_size=999"
-    )
+    rows = ("--rows", "cifar10_resnet18:u90", "--data", images, "--label", "large")
+    result = reproduce(tmp_path, *rows, "--set", "batch_size=999")
     assert result.returncode == 1
-    assert "cifar10_resnet18_u90_seed0: failed" in result.stdout
+    assert "cifar10_resnet18_u90_large_seed0: failed" in result.stdout
     assert "error: config." in result.stdout
 
 
@@ -114,6 +113,7 @@ def test_a_row_that_fails_is_told_with_what_it_said(tmp_path, images):
         ([], "give --rows, --pack or --unpack"),
         (["--rows", "cifar10_resnet18"], "--rows must be CONFIG:METHOD"),
         (["--rows", "cifar10_resnet18:u90"], "--rows needs --data"),
+        (["--rows", "a:b", "--data", "x", "--set", "epochs=1"], "--set and --label belong"),
     ],
 )
 def test_what_is_asked_for_must_be_whole(tmp_path, arguments, message):

@@ -1,0 +1,213 @@
+"""The page on what the paper's table is and what came out here, made from the figures of runs.
+
+    python -m swat_jax.report docs/results              # writes docs/reproduction.md and pictures
+    python -m swat_jax.report docs/results --check      # only says whether they are up to date
+
+Reads ``RESULTS/cifar10/*.json``, which `benchmarks/reproduce.py` writes, one for each run. The
+pictures need matplotlib: ``pip install swat-jax[report]``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from swat_jax import report_figures
+from swat_jax.errors import UsageError
+
+# Top-1 in percent of CIFAR-10's rows, SWAT (NeurIPS 2020); None: nothing to compare with.
+PAPER: dict[str, dict[str, float | None]] = {
+    "resnet18": {
+        "dense": None, "channel50": 94.73, "channel60": 94.68, "channel70": 94.65, "u90": None,
+    },
+    "vgg16": {"dense": None, "u90": 91.95, "erk95": 92.50, "m95": 93.41},
+    "wrn16_8": {"dense": None, "u90": 95.13, "erk95": 95.00, "m95": 94.97},
+    "densenet121": {
+        "dense": None, "u90": 94.48, "erk90": 94.14, "m90": 94.29,
+        "channel50": 95.04, "channel60": 94.82, "channel70": 94.81,
+    },
+}  # fmt: skip
+# How far below the paper's figure a row may be, in points.
+TOLERANCE = 0.5
+
+Run = dict[str, Any]
+Runs = Mapping[tuple[str, str], Sequence[Run]]
+
+
+def read(folder: Path) -> tuple[Runs, list[Run]]:
+    """Runs of the table by (network, method), each of a seed, and those with other settings.
+
+    Raises:
+      UsageError: a file that is not what `benchmarks/reproduce.py` writes.
+    """
+    rows: dict[tuple[str, str], list[Run]] = collections.defaultdict(list)
+    others: list[Run] = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            key = (run["network"], run["method"])
+            others.append(run) if run["label"] else rows[key].append(run)
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path} is not the JSON file of a run: {error!r}") from error
+    return rows, others
+
+
+def accuracy(runs: Sequence[Run]) -> tuple[float, float | None]:
+    """Mean and standard deviation over seeds of the pruned top-1, in percent."""
+    values = [100 * run["pruned_test_accuracy"] for run in runs]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def table(rows: Runs) -> list[str]:
+    """Every row of the paper's table beside what came out."""
+    heads = (
+        *("network", "method", "paper", "here", "difference", "zeros in weights"),
+        *("in saved activations", "FLOPs saved", "GPU seconds", "images/s", "seeds"),
+    )
+    lines = [line(heads), "|---|---|" + "---:|" * (len(heads) - 2)]
+    for network, methods in PAPER.items():
+        for method, paper in methods.items():
+            told = "" if paper is None else f"{paper:.2f}"
+            runs = rows.get((network, method), ())
+            if not runs:
+                lines.append(line((network, method, told, "not run", *[""] * (len(heads) - 4))))
+                continue
+            mean, deviation = accuracy(runs)
+            here = f"{mean:.2f}" + ("" if deviation is None else f" +- {deviation:.2f}")
+            cells = [network, method, told, here]
+            cells.append("" if paper is None else f"{mean - paper:+.2f}{verdict(mean, paper)}")
+            for key, scale, form in (
+                ("weight_sparsity", 100, "{:.1f} %"),
+                ("activation_sparsity", 100, "{:.1f} %"),
+                ("training_flop_reduction", 1, "{:.1f} %"),
+                ("seconds", 1, "{:.0f}"),
+                ("images_per_second", 1, "{:,.0f}"),
+            ):
+                cells.append(form.format(scale * statistics.fmean(run[key] for run in runs)))
+            lines.append(line([*cells, str(len(runs))]))
+    return lines
+
+
+def verdict(mean: float, paper: float) -> str:
+    """What stands beside a difference, as it is printed."""
+    return "" if round(mean - paper, 2) >= -TOLERANCE else " (missed)"
+
+
+def others_table(others: Sequence[Run]) -> list[str]:
+    """Runs with other settings than their row's."""
+    lines = [line(("network", "method", "what differs", "top-1", "images/s")), "|---" * 5 + "|"]
+    groups: dict[tuple[str, ...], list[Run]] = collections.defaultdict(list)
+    for run in others:
+        settings = ", ".join(f"`{setting}`" for setting in run["settings"])
+        groups[run["network"], run["method"], settings].append(run)
+    for key, runs in sorted(groups.items()):
+        mean, deviation = accuracy(runs)
+        here = f"{mean:.2f}" + ("" if deviation is None else f" +- {deviation:.2f}")
+        rate = statistics.fmean(run["images_per_second"] for run in runs)
+        lines.append(line((*key, here, f"{rate:,.0f}")))
+    return lines
+
+
+def line(cells: Sequence[str]) -> str:
+    """A line of a table."""
+    return f"| {' | '.join(cells)} |"
+
+
+def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
+    """The page in Markdown.
+
+    Args:
+      rows: by (network, method).
+      others: runs with other settings.
+      pictures: title -> file, from where the page lies.
+    """
+    devices = sorted({run["device"] for runs in rows.values() for run in runs})
+    versions = sorted({run["versions"]["jax"] for runs in rows.values() for run in runs})
+    count = sum(len(runs) for runs in rows.values())
+    lines = [
+        "# The paper's CIFAR-10 table, reproduced",
+        "",
+        "Made by `python -m swat_jax.report docs/results` from `docs/results/cifar10`.",
+        "",
+        "Top-1 in percent after hard pruning: of the last checkpoint here, in the paper of the one",
+        f"that was best on the test set. A row is missed where it is more than {TOLERANCE} points",
+        "below the paper's. The recipes are the paper's, in `configs/`.",
+    ]
+    if count:
+        lines += [f"{count} runs, on {', '.join(devices)}, jax {', '.join(versions)}."]
+    else:
+        lines += ["No row has been run at full length yet."]
+    lines += ["", *table(rows)]
+    lines += [
+        "",
+        "CIFAR-100 and ImageNet were not run. For unstructured CIFAR-100 there are no figures to",
+        "compare with: the published list repeats CIFAR-10's there.",
+    ]
+    if others:
+        lines += ["", "## With other settings", "", *others_table(others)]
+    for title, file in pictures.items():
+        lines += ["", f"## {title}", "", f"![{title}]({file})"]
+    return "\n".join([*lines, ""])
+
+
+def write(results: Path, output: Path, *, check: bool = False) -> list[Path]:
+    """Writes the page, and the pictures in a folder of its name.
+
+    Args:
+      results: the folder that holds ``cifar10``.
+      output: the page.
+      check: write nothing.
+
+    Returns:
+      The files that were, or are, not up to date.
+    """
+    folder = results / "cifar10"
+    if not results.is_dir():
+        raise UsageError(f"{results} is no folder")
+    rows, others = read(folder)
+    drawn = report_figures.draw(rows, PAPER) if rows else {}
+    place = output.with_suffix("")
+    files: dict[Path, str] = {}
+    pictures: dict[str, str] = {}
+    for name, (title, svg) in drawn.items():
+        files[place / f"{name}.svg"] = svg
+        pictures[title] = f"{place.name}/{name}.svg"
+    files[output] = page(rows, others, pictures)
+    stale = [
+        path
+        for path, text in files.items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    ]
+    for path in () if check else stale:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(files[path], encoding="utf-8")
+    return stale
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m swat_jax.report", description="The page on the paper's CIFAR-10 table."
+    )
+    parser.add_argument("results", type=Path, help="folder of figures, such as docs/results")
+    parser.add_argument("--output", type=Path, default=Path("docs/reproduction.md"))
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if stale")
+    options = parser.parse_args(argv)
+    try:
+        stale = write(options.results, options.output, check=options.check)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for path in stale:
+        print(f"{path}: {'not up to date' if options.check else 'written'}")
+    return 1 if options.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
