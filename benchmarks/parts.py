@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import pathlib
 import tarfile
+import tempfile
 from collections.abc import Mapping
 
 MOST_BYTES = 16 * 2**20
-_NAME = "part{:03d}.of{:03d}.{}"
+_NAME = "part{:05d}.of{:05d}.{}"
 
 
 def pack(
@@ -28,21 +28,24 @@ def pack(
     Returns:
       The parts, in order.
     """
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, path in files.items():
-            tar.add(path, name)
-    whole = buffer.getvalue()
-    digest = hashlib.sha256(whole).hexdigest()[:16]
     to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=to) as whole:
+        with tarfile.open(fileobj=whole, mode="w") as tar:
+            for name, path in files.items():
+                tar.add(path, name)
+        count = max(-(-whole.tell() // most_bytes), 1)
+        whole.seek(0)
+        digest = hashlib.file_digest(whole, "sha256").hexdigest()[:16]
+        whole.seek(0)
+        found = [to / _NAME.format(number + 1, count, digest) for number in range(count)]
+        new = [path.with_name(f"new-{path.name}") for path in found]
+        for path in new:
+            path.write_bytes(whole.read(most_bytes))
+    # The old ones stay until the new ones are whole.
     for old in to.glob("part*.of*"):
         old.unlink()
-    pieces = [whole[at : at + most_bytes] for at in range(0, len(whole), most_bytes)]
-    found = []
-    for number, piece in enumerate(pieces, start=1):
-        path = to / _NAME.format(number, len(pieces), digest)
-        path.write_bytes(piece)
-        found.append(path)
+    for path, name in zip(new, found, strict=True):
+        path.replace(name)
     return found
 
 
@@ -59,8 +62,12 @@ def unpack(parts: pathlib.Path, to: pathlib.Path) -> None:
     count, digest = tails.pop().removeprefix("of").split(".")
     if len(paths) != int(count):
         raise SystemExit(f"{parts} holds {len(paths)} of {int(count)} parts")
-    whole = b"".join(path.read_bytes() for path in paths)
-    if hashlib.sha256(whole).hexdigest()[:16] != digest:
-        raise SystemExit(f"the parts in {parts} are damaged")
-    with tarfile.open(fileobj=io.BytesIO(whole)) as tar:
-        tar.extractall(to, filter="data")
+    with tempfile.TemporaryFile() as whole:
+        for path in paths:
+            whole.write(path.read_bytes())
+        whole.seek(0)
+        if hashlib.file_digest(whole, "sha256").hexdigest()[:16] != digest:
+            raise SystemExit(f"the parts in {parts} are damaged")
+        whole.seek(0)
+        with tarfile.open(fileobj=whole) as tar:
+            tar.extractall(to, filter="data")

@@ -39,8 +39,11 @@ def load(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], set[str]]:
     trainer, make_state = step.make_trainer(ConfigDict(plain), info, step.make_mesh(1))
     with checkpoint.Checkpointer(workdir / "checkpoints", config=plain) as checkpoints:
         restored = checkpoints.restore(make_state(), refresh=("activation_thresholds",))
-    if restored is None:
-        raise SystemExit(f"{workdir} holds no checkpoint")
+    if restored is None or restored.step != result["steps"]:
+        step_of = "none" if restored is None else f"one of step {restored.step}"
+        raise SystemExit(f"{workdir} must hold a checkpoint of step {result['steps']}: {step_of}")
+    if plain["checkpoint"]["select"] != "last":
+        raise SystemExit(f"{workdir}: its scores are not those of the last checkpoint")
     params = jax.device_get(trainer.prune(restored.state))
     found = flat(params, "params") | flat(
         jax.device_get(restored.state["batch_stats"]), "batch_stats"
@@ -110,6 +113,8 @@ def main() -> None:
         size = options.output.stat().st_size
         if size <= MOST_BYTES:
             break
+    else:
+        raise SystemExit(f"{options.output}: {size / 2**20:.1f} MiB are more than 16")
     print(f"{options.output}: {size / 2**20:.1f} MiB{', bfloat16' if narrow else ''}")
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -71,60 +72,102 @@ def command(row: Row, options: argparse.Namespace) -> list[str]:
 
 
 class Running:
-    """A row that is being trained."""
+    """A row that is being trained.
+
+    Raises:
+      RowError: another process trains it, or it was begun with other settings.
+    """
 
     def __init__(self, row: Row, options: argparse.Namespace) -> None:
         self.row = row
         self.started = time.monotonic()
         self.log = options.runs / f"{row.name}.log"
+        check_settings(row, options)
+        # The child holds the lock too, so that it outlives this process with it.
+        self._lock = (options.runs / f"{row.name}.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise RowError("another process trains it") from None
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
-        # A run goes on in the same log.
+        # A run goes on in the same log. A session of its own: Ctrl-C reaches it through `stop`.
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                command(row, options), stdout=log, stderr=subprocess.STDOUT, env=environment
+                command(row, options),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                pass_fds=[self._lock.fileno()],
             )
 
-    def stop(self) -> None:
-        """Ends it as Ctrl-C would; the same command goes on from the last checkpoint."""
-        self.process.send_signal(signal.SIGINT)
-        try:
-            self.process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+    def end(self) -> None:
+        """After the process has ended."""
+        self._lock.close()
 
     def last_lines(self) -> str:
         """What it said last."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
 
 
+class RowError(Exception):
+    """Why a row cannot be trained, or its figures not be taken."""
+
+
+def stop(running: Sequence[Running]) -> None:
+    """Ends runs. A run that is killed at any moment goes on from its last checkpoint."""
+    for one in running:
+        one.process.terminate()
+    end = time.monotonic() + GRACE_SECONDS
+    for one in running:
+        try:
+            one.process.wait(max(end - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
+        one.end()
+
+
+def check_settings(row: Row, options: argparse.Namespace) -> None:
+    """Remembers with which settings a row is trained, and refuses others under its name."""
+    file = options.runs / f"{row.name}.settings.json"
+    if file.exists() and (before := json.loads(file.read_text())) != options.set:
+        raise RowError(f"it was begun with --set {' '.join(before)}; give another --label")
+    write(file, json.dumps(options.set))
+
+
 def run_all(rows: Sequence[Row], options: argparse.Namespace) -> int:
     """Trains all rows that are not done yet; the exit code."""
     options.runs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds if options.seconds else float("inf")
-    waiting = [row for row in rows if not is_done(row, options)]
-    running: list[Running] = []
-    failed = 0
+    waiting, running, failed = list(dict.fromkeys(rows)), list[Running](), 0
     try:
         while (waiting or running) and time.monotonic() < end:
             while waiting and len(running) < options.jobs:
-                running.append(Running(waiting.pop(0), options))
+                row = waiting.pop(0)
+                try:
+                    if not is_done(row, options):
+                        running.append(Running(row, options))
+                except RowError as error:
+                    failed += 1
+                    print(f"{row.name}: failed: {error}", flush=True)
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
+                one.end()
                 seconds = f"{time.monotonic() - one.started:.0f} s"
-                if one.process.returncode == 0:
-                    found = collect(one.row, options)
-                    print(
-                        f"{one.row.name}: {found['pruned_test_accuracy']:.2%}, {seconds}",
-                        flush=True,
-                    )
-                else:
+                try:
+                    if one.process.returncode != 0:
+                        raise RowError(one.last_lines())
+                    accuracy = collect(one.row, options)["pruned_test_accuracy"]
+                    print(f"{one.row.name}: {accuracy:.2%}, {seconds}", flush=True)
+                except RowError as error:
                     failed += 1
-                    print(f"{one.row.name}: failed after {seconds}\n{one.last_lines()}", flush=True)
+                    print(f"{one.row.name}: failed after {seconds}: {error}", flush=True)
             time.sleep(options.poll_seconds)
     finally:
+        stop(running)
         for one in running:
-            one.stop()
             print(f"{one.row.name}: cut off, goes on at the next start", flush=True)
     return 1 if failed else 3 if waiting or running else 0
 
@@ -140,28 +183,49 @@ def is_done(row: Row, options: argparse.Namespace) -> bool:
 
 
 def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
-    """Writes the JSON file of a run that is done, and its weights."""
+    """Writes the JSON file of a run that is done, and its weights.
+
+    Raises:
+      RowError: the run did not end as it should.
+    """
     folder = options.runs / row.name
-    result = json.loads((folder / "result.json").read_text())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    check_settings(row, options)
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise RowError(f"its figures cannot be read: {error}") from error
     found = {
         "date": datetime.date.today().isoformat(),
         "label": row.label,
         "settings": options.set,
+        "at_once": options.jobs,
         **{key: value for key, value in result.items() if key not in NOT_KEPT},
         "epochs": by_epoch(lines),
-        "config": json.loads((folder / "config.json").read_text()),
+        "config": config,
     }
     found["config"]["data"]["data_dir"] = pathlib.Path(options.data).name
     if row.method != "dense" and options.weights:
         weights = options.runs / "weights" / f"{row.name}.npz"
         weights.parent.mkdir(exist_ok=True)
         keep = [sys.executable, str(HERE / "pruned_weights.py"), str(folder), str(weights)]
-        subprocess.run(keep, check=True)
-        found["weights_bytes"] = weights.stat().st_size
+        # Other rows have the GPU.
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+        told = subprocess.run(keep, env=environment, capture_output=True, text=True, check=False)
+        if told.returncode != 0:
+            raise RowError(f"its weights cannot be kept: {told.stderr[-500:]}")
+        found["weights"] = told.stdout.strip().split(": ", 1)[1]
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / f"{row.name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    write(options.output / f"{row.name}.json", json.dumps(found, indent=1) + "\n")
     return found
+
+
+def write(file: pathlib.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    new = file.with_name(f".{file.name}.new")
+    new.write_text(text)
+    new.replace(file)
 
 
 def pack(options: argparse.Namespace) -> list[pathlib.Path]:
@@ -172,35 +236,56 @@ def pack(options: argparse.Namespace) -> list[pathlib.Path]:
     for path in sorted(options.runs.rglob("*")):
         name = path.relative_to(options.runs)
         is_done = f"results/{name.parts[0]}.json" in files
-        if path.is_file() and not is_done:
+        if path.is_file() and not is_done and path.suffix != ".lock":
             files[f"runs/{name.as_posix()}"] = path
     return parts.pack(files, options.pack)
 
 
 def unpack(options: argparse.Namespace) -> None:
-    """Puts what `pack` wrote back in its place; figures that are there stay."""
-    with tempfile.TemporaryDirectory() as place:
+    """Puts what `pack` wrote back in its place.
+
+    What is there stays, but for runs that have come further in the parts: those are replaced whole.
+    """
+    options.runs.mkdir(parents=True, exist_ok=True)
+    # Beside the runs, so that folders can be moved.
+    with tempfile.TemporaryDirectory(dir=options.runs, prefix=".unpacked-") as place:
         folder = pathlib.Path(place)
         parts.unpack(options.unpack, folder)
-        for path in sorted(folder.rglob("*")):
-            first, *rest = path.relative_to(folder).parts
-            to = (options.output if first == "results" else options.runs).joinpath(*rest)
-            if path.is_file() and not (first == "results" and to.exists()):
-                to.parent.mkdir(parents=True, exist_ok=True)
+        for path in sorted((folder / "results").glob("*.json")):
+            if not (to := options.output / path.name).exists():
+                options.output.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, to)
+        for path in sorted((folder / "runs").glob("*")):
+            to = options.runs / path.name
+            if path.is_dir() and to.exists():
+                if newest(to) >= newest(path):
+                    continue
+                to.replace(folder / f"old-{path.name}")
+            if not to.exists():
+                path.replace(to)
 
 
-def by_epoch(lines: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+def newest(run: pathlib.Path) -> int:
+    """The step of a run's newest complete checkpoint; 0 if it has none."""
+    names = [path.name for path in (run / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def by_epoch(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Scores of every epoch that has some, beside the mean loss and accuracy of its steps."""
     epochs, train = [], []
     for line in lines:
         if line["kind"] == "train":
             train.append(line)
         elif line["kind"] == "eval":
+            mean = {
+                key: statistics.fmean(one[key] for one in train) if train else None
+                for key in ("loss", "accuracy")
+            }
             epochs.append({
                 "step": line["step"],
-                "train_loss": statistics.fmean(one["loss"] for one in train),
-                "train_accuracy": statistics.fmean(one["accuracy"] for one in train),
+                "train_loss": mean["loss"],
+                "train_accuracy": mean["accuracy"],
                 **{key: line[key] for key in ("test_loss", "test_accuracy", "activation_sparsity")},
             })  # fmt: skip
             train = []
@@ -225,8 +310,6 @@ def main() -> int:
     parser.add_argument("--pack", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--unpack", type=pathlib.Path, metavar="FOLDER")
     options = parser.parse_args()
-    if options.unpack:
-        unpack(options)
     rows = [
         Row(*name.split(":", 1), seed=seed, label=options.label)
         for seed in options.seeds
@@ -239,6 +322,10 @@ def main() -> int:
         parser.error("--rows needs --data, a TFDS directory with CIFAR-10 or an .npz file")
     if not (rows or options.pack or options.unpack):
         parser.error("give --rows, --pack or --unpack")
+    # Whoever ends this ends the runs too, and what they have is packed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if options.unpack:
+        unpack(options)
     try:
         code = run_all(rows, options) if rows else 0
     finally:

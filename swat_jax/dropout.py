@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from swat_jax import functional
+from swat_jax import dropout_bits, functional
 
 
 class Dropout(nnx.Dropout):
@@ -27,8 +27,13 @@ class Dropout(nnx.Dropout):
     @property
     def draws(self) -> bool:
         """Whether `draw` can stand for a call: it drops, value by value, and has keys to do so."""
-        active = not self.deterministic and 0 < self.rate < 1
+        active = not self.deterministic and 0 < self.drawn_rate < 1
         return active and not self.broadcast_dims and self.rngs is not None
+
+    @property
+    def drawn_rate(self) -> float:
+        """The rate of what `draw` drops, the nearest that it can."""
+        return round(self.rate * dropout_bits.LEVELS) / dropout_bits.LEVELS
 
     def draw(self, size: int) -> jax.Array:
         """Which of ``size`` values to keep, a bitmap, for whoever drops the others in its place.

@@ -54,9 +54,17 @@ class Resident:
         return state, values, count
 
     def evaluation(self, split: Split) -> Iterable[Inputs]:
-        """Images and labels of a split in batches, which stay on the device."""
+        """Images and labels of a split in batches, which stay on the device like those of training.
+
+        If they are more than those, they come from the host each time.
+        """
+        info = self._dataset.info
+        count = {"train": info.num_train, "holdout": info.num_holdout, "test": info.num_test}[split]
+        batches = _put(self._trainer, self._dataset, split)
+        if count > info.num_train:
+            return batches
         if split not in self._evaluation:
-            self._evaluation[split] = list(_put(self._trainer, self._dataset, split))
+            self._evaluation[split] = list(batches)
         return self._evaluation[split]
 
     @functools.cached_property

@@ -14,9 +14,11 @@ whose number of weights is not fixed (SWAT-M) holds it as a `WeightBudget`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -32,6 +34,7 @@ from swat_jax.functional import swat_conv, swat_linear
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.top_k import Count
+from swat_jax.sparsity.varying import varying_axes
 
 # Inputs that are less sparse than this are not packed: it would save no memory.
 LEAST_PACKED_SPARSITY = 0.15
@@ -171,7 +174,8 @@ class _SwatLayer(nnx.Module):
         sparse = self.weight_budget is not None or self.weight_sparsity > 0
         given: Any = self
         unchanged = given.promote_dtype is keep_kernel_dtype and getattr(self, "mask", None) is None
-        return sparse and unchanged and not self.deterministic
+        is_one = self.kernel.get_value().ndim == len(getattr(self, "kernel_size", ())) + 2
+        return sparse and unchanged and is_one and not self.deterministic
 
     def activation_capacity(self, size: int) -> int:
         """Room for packed values of an input of ``size``.
@@ -262,21 +266,29 @@ class _SwatLayer(nnx.Module):
         return stored[...]
 
 
-def find_weight_thresholds(model: nnx.Module) -> None:
+@contextlib.contextmanager
+def find_weight_thresholds(model: nnx.Module) -> Iterator[None]:
     """Finds the weight thresholds of all SWAT layers of a model in training mode, for one call.
 
-    Layers would find the same themselves when they are called, one after the other; for all of them
-    together it takes one kernel. It changes thresholds that are state, and the weights must stay as
-    they are until the layers are called.
+    Layers would find the same themselves when they are called, one after the other; for all of
+    them together it takes one kernel. It changes thresholds that are state. Weights must stay as
+    they are inside; what no layer has used is forgotten at the end. Layers whose weights are
+    stacked (`flax.nnx.vmap`) are left to themselves.
 
     Args:
       model: with SWAT layers anywhere in it.
+
+    Example:
+      >>> model = SwatConv(3, 16, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> with find_weight_thresholds(model):
+      ...     y = model(jnp.ones((1, 8, 8, 3)))
     """
-    by_type: dict[Any, list[_SwatLayer]] = {}
+    alike: dict[Any, list[_SwatLayer]] = {}
     for _, layer in nnx.iter_modules(model):
         if isinstance(layer, _SwatLayer) and layer.masks_own_kernel:
-            by_type.setdefault(layer.kernel.get_value().dtype, []).append(layer)
-    for dtype, layers in by_type.items():
+            kernel = layer.kernel.get_value()
+            alike.setdefault((kernel.dtype, varying_axes(kernel)), []).append(layer)
+    for (dtype, _), layers in alike.items():
         zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
         stored = [layer.weight_threshold for layer in layers]
         limits = kernels.refreshed_thresholds(
@@ -289,6 +301,12 @@ def find_weight_thresholds(model: nnx.Module) -> None:
             layer.next_weight_threshold = nnx.data(NextWeightThreshold(limit))
             if one is not None:
                 one[...] = limit
+    try:
+        yield
+    finally:
+        for layer in itertools.chain(*alike.values()):
+            if layer.next_weight_threshold is not None:
+                layer.next_weight_threshold = nnx.data(None)
 
 
 def selection_for(

@@ -30,10 +30,10 @@ def apply(layer: Any, activation: Activation, norm: Any = None) -> jax.Array:
       activation: its input.
       norm: the batch norm that alone reads the output, or None.
     """
-    if isinstance(layer, SwatConv):
-        in_training = isinstance(norm, BatchNormRelu) and not norm.use_running_average
-        return layer(activation, constant_bias=in_training)
-    return layer(activation if isinstance(layer, SwatLinear) else activation.x)
+    in_training = isinstance(norm, BatchNormRelu) and not norm.use_running_average
+    if isinstance(layer, SwatConv) and in_training:
+        return layer(activation, constant_bias=True)
+    return layer(activation if isinstance(layer, SwatConv | SwatLinear) else activation.x)
 
 
 class NormRelu(nnx.BatchNorm):
@@ -108,7 +108,7 @@ class BatchNormRelu(NormRelu):
                 out = self._normalize(x, **options)
                 rest = branch(dropout(out.y[0]), readers=readers, dense=dense)
                 return Branches(readers=rest.readers, dense=rest.dense, before=out.x)
-            options |= {"kept": dropout.draw(x.size), "dropout_rate": dropout.rate}
+            options |= {"kept": dropout.draw(x.size), "dropout_rate": dropout.drawn_rate}
         choice = _Choice(readers, x)
         copies = max(1, len(readers) + dense)
         out = self._normalize(x, readers=copies, selection=choice.selection(), **options)

@@ -360,8 +360,8 @@ class Trainer:
         def loss_of(params: Tree) -> tuple[jax.Array, tuple[jax.Array, dict[str, Tree]]]:
             model = self.sparse.model({**state, "params": params}, key=key, age=age)
             model.train()
-            find_weight_thresholds(model)
-            logits = self._logits(model, images)
+            with find_weight_thresholds(model):
+                logits = self._logits(model, images)
             loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
             return loss, (logits, network.values(model))
 

@@ -95,6 +95,8 @@ def test_a_share_of_the_values_is_dropped_each_apart_from_the_others(rate):
 def test_a_layer_draws_as_often_as_it_is_asked():
     layer = Dropout(0.3, rngs=nnx.Rngs(0))
     assert layer.draws
+    assert layer.drawn_rate == pytest.approx(0.3, abs=2**-17)
+    assert not Dropout(0.999999, rngs=nnx.Rngs(0)).draws  # it would drop everything
     drawn = [np.asarray(layer.draw(100)) for _ in range(3)]
     assert len({one.tobytes() for one in drawn}) == 3
     key = jax.random.key(4)

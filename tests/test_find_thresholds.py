@@ -1,5 +1,6 @@
 """Weight thresholds of all layers found before they are called: only the time changes."""
 
+import contextlib
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from swat_jax import data, kernels, native, step
 from swat_jax.layers import NextWeightThreshold, SwatConv, SwatLinear, find_weight_thresholds
@@ -58,14 +61,11 @@ def losses(period, early):
         def loss_of(params):
             model = nnx.merge(graph, params, rest, copy=True)
             model.train()
-            if early:
-                find_weight_thresholds(model)
-                unused = model.unused.next_weight_threshold
-                assert unused is not None
-                model.unused.next_weight_threshold = nnx.data(None)
-                if model.unused.weight_threshold is not None:
-                    model.unused.weight_threshold[...] = 0
-            loss = jnp.sum(model(x) ** 2)
+            with find_weight_thresholds(model) if early else contextlib.nullcontext():
+                assert (model.unused.next_weight_threshold is not None) == early
+                loss = jnp.sum(model(x) ** 2)
+            if model.unused.weight_threshold is not None:
+                model.unused.weight_threshold[...] = 0  # found, though nobody uses it
             assert not jax.tree.leaves(nnx.state(model, NextWeightThreshold))
             return loss, nnx.state(model, nnx.Not(nnx.Param))
 
@@ -89,14 +89,53 @@ def test_losses_gradients_and_state_are_the_same_bits(period):
 def test_layers_in_evaluation_are_left_alone():
     model = Model(1, nnx.Rngs(0))
     model.eval()
-    find_weight_thresholds(model)
-    assert not jax.tree.leaves(nnx.state(model, NextWeightThreshold))
+    with find_weight_thresholds(model):
+        assert not jax.tree.leaves(nnx.state(model, NextWeightThreshold))
 
 
 def test_a_model_without_swat_layers_is_left_alone():
     model = nnx.Linear(3, 4, rngs=nnx.Rngs(0))
-    find_weight_thresholds(model)
-    assert list(model.__dict__) == list(nnx.Linear(3, 4, rngs=nnx.Rngs(0)).__dict__)
+    with find_weight_thresholds(model):
+        assert list(model.__dict__) == list(nnx.Linear(3, 4, rngs=nnx.Rngs(0)).__dict__)
+
+
+def test_what_was_found_is_forgotten_at_the_end():
+    conv, x = SwatConv(4, 4, (3, 3), weight_sparsity=0.7, rngs=nnx.Rngs(0)), jnp.ones((1, 5, 5, 4))
+    conv.train()
+    with find_weight_thresholds(conv):
+        conv.eval()
+        conv(x)
+    conv.train()
+    conv.kernel[...] *= 10
+    fresh = SwatConv(4, 4, (3, 3), weight_sparsity=0.7, rngs=nnx.Rngs(0))
+    fresh.kernel[...] *= 10
+    np.testing.assert_array_equal(conv(x), fresh(x))
+
+
+def test_stacked_layers_are_left_to_themselves():
+    stacked = SwatConv(4, 4, (3, 3), weight_sparsity=0.7, rngs=nnx.Rngs(0))
+    stacked.kernel = nnx.Param(jnp.stack([stacked.kernel[...]] * 2))
+    with find_weight_thresholds(stacked):
+        assert stacked.next_weight_threshold is None
+
+
+def test_layers_that_differ_from_device_to_device_are_found_apart(fake_devices, monkeypatch):
+    monkeypatch.setattr(kernels, "_has_kernel", lambda *_: True)
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=fake_devices[:2])
+
+    def limits(kernel):
+        model = nnx.List(
+            [SwatConv(2, 2, (1, 1), weight_sparsity=0.5, rngs=nnx.Rngs(i)) for i in (0, 1)]
+        )
+        model[0].kernel[...] = kernel[0]
+        with find_weight_thresholds(model):
+            own, same = (layer.next_weight_threshold[...] for layer in model)
+        return own[None], same
+
+    run = jax.shard_map(limits, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P()))
+    own, same = jax.jit(run)(jnp.arange(1.0, 9.0).reshape(2, 1, 1, 2, 2))
+    assert own.tolist() == [3, 7]
+    assert same.shape == ()
 
 
 @needs_library

@@ -1,5 +1,7 @@
 """Rows of the table: run, cut off, moved to another place, finished there; figures and weights."""
 
+import argparse
+import fcntl
 import importlib
 import json
 import pathlib
@@ -53,19 +55,26 @@ def test_a_row_is_cut_off_moved_and_finished(tmp_path, images, load):
     rows += ("--checkpoint_epochs", 1, "--label", "small", "--set", *SMALL)
     parts = tmp_path / "parts"
 
-    first = reproduce(here, *rows, "max_steps=4", "--seconds", 0.01, "--pack", parts)
+    first = reproduce(here, *rows, "--seconds", 0.01, "--pack", parts)
     assert first.returncode == 3, first.stdout + first.stderr
     assert "cut off" in first.stdout
 
     # The first epoch alone, as if time had been up then.
-    second = reproduce(here, *rows, "max_steps=4", "--no_weights", "--pack", parts)
-    assert second.returncode == 0, second.stdout + second.stderr
-    figures = here / "results" / f"{NAME}.json"
-    assert json.loads(figures.read_text())["steps"] == 4
-    # It is not finished: its figures go, and it goes on elsewhere.
-    figures.unlink()
+    script = load("reproduce")
+    options = argparse.Namespace(
+        runs=here / "runs", data=str(images), checkpoint_epochs=1, set=[*SMALL, "max_steps=4"]
+    )
+    row = script.Row("cifar10_resnet18", "u90", 3, "small")
+    subprocess.run(script.command(row, options), cwd=ROOT, check=True, capture_output=True)
     (here / "runs" / NAME / "result.json").unlink()
     assert reproduce(here, "--pack", parts).returncode == 0
+    # What has not come as far is replaced, and what has come further stays.
+    for steps in (2, 9):
+        mark = tmp_path / str(steps) / "runs" / NAME / "checkpoints" / str(steps)
+        mark.mkdir(parents=True)
+        assert reproduce(tmp_path / str(steps), "--unpack", parts).returncode == 0
+        assert mark.exists() == (steps == 9)
+    assert (tmp_path / "2" / "runs" / NAME / "checkpoints" / "4").exists()
 
     third = reproduce(there, "--unpack", parts, *rows)
     assert third.returncode == 0, third.stdout + third.stderr
@@ -81,6 +90,22 @@ def test_a_row_is_cut_off_moved_and_finished(tmp_path, images, load):
     # Of a run that is done, only figures and weights travel.
     assert sum(path.stat().st_size for path in parts.iterdir()) < 2**20
     check_weights(there, found, load("pruned_weights"))
+
+    (there / "results" / f"{NAME}.json").unlink()
+    other = reproduce(there, *rows, "log.every_steps=3")
+    assert other.returncode == 1
+    assert "give another --label" in other.stdout
+
+
+def test_a_row_that_another_process_trains_is_left_to_it(tmp_path, images):
+    lock = tmp_path / "runs" / "cifar10_resnet18_u90_seed0.lock"
+    lock.parent.mkdir()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        twice = ("cifar10_resnet18:u90",) * 2
+        result = reproduce(tmp_path, "--rows", *twice, "--data", images)
+    assert result.returncode == 1
+    assert result.stdout.count("another process trains it") == 1
 
 
 def check_weights(place, found, pruned_weights):
