@@ -84,7 +84,7 @@ def record(network: str, name: str, settings: dict[str, Any], steps: int, refres
     config, batch = network.split(":")
     with training_step.apart(method):
         measured = training_step.make(
-            config, method.name, int(batch), settings={**method.settings, **settings}
+            config, method.name, int(batch), settings={**method.settings, **settings}, single=True
         )
     measured.milliseconds(2, refresh=True)
     wall = measured.milliseconds(10, refresh=refresh)

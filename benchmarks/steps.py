@@ -83,6 +83,7 @@ def measure(network: str, method: str, steps: int) -> None:
         "batch": int(batch),
         "method": method,
         "threshold_every_steps": period,
+        "steps_per_dispatch": getattr(measured, "steps", 1),
         "backend": backend,
         "temporary_mib": measured.temporary_bytes / 2**20,
         "xla_mib": measured.xla_bytes / 2**20,
@@ -315,7 +316,8 @@ def report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def merge(files: Sequence[str]) -> dict[str, Any]:
     """One report of several, in the order of `NETWORKS` and `METHODS`.
 
-    A row of a later file replaces the same one of an earlier file.
+    A row of a later file replaces the same one of an earlier file. Rows of a network that were
+    not dispatched alike are refused.
     """
     reports = [json.loads(pathlib.Path(file).read_text()) for file in files]
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -325,6 +327,14 @@ def merge(files: Sequence[str]) -> dict[str, Any]:
                 sys.exit(f"{file}: {key} is {one.get(key)}, in {files[0]} {reports[0].get(key)}")
         for found in (*one["failed"], *one["steps"]):
             rows[found["network"], found["batch"], found["method"]] = found
+    dispatched: dict[tuple[Any, Any], Any] = {}
+    for (network, batch, _), found in rows.items():
+        if "error" not in found:
+            steps = found.get("steps_per_dispatch", 1)
+            if dispatched.setdefault((network, batch), steps) != steps:
+                sys.exit(
+                    f"{network}, {batch}, {method}: other steps_per_dispatch than its network's"
+                )
     networks, methods = list(NETWORKS), list(METHODS)
 
     def place(row: tuple[Any, ...]) -> tuple[int, int]:

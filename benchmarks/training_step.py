@@ -153,6 +153,7 @@ def make(
     precision: str = "bfloat16",
     settings: Mapping[str, Any] | None = None,
     only_compile: bool = False,
+    single: bool = False,
 ) -> TrainingStep:
     """Compiles a step of ``configs/<name>.py:<method>`` for one device.
 
@@ -163,12 +164,14 @@ def make(
       precision: as in the config.
       settings: further values of the config by their dotted names.
       only_compile: whether nothing is put on the device.
+      single: whether steps are dispatched one by one, however small the batch.
     """
     config: Any = config_file.load(f"configs/{name}.py:{method}")
     config.batch_size, config.precision = batch, precision
     config.update_from_flattened_dict(dict(settings or {}))
     period = config.sparsity.threshold_every_steps
-    resident = batch <= MOST_RESIDENT and not only_compile and name.startswith("cifar")
+    small = batch <= MOST_RESIDENT and name.startswith("cifar")
+    resident = small and not only_compile and not single
     if period > 1 and not resident:  # timed apart: steps that refresh and those that do not
         config.sparsity.threshold_every_steps = NEVER
     size, classes = (224, 1000) if name.startswith("imagenet") else (32, 10)

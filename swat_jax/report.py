@@ -33,6 +33,12 @@ PAPER: dict[str, dict[str, float | None]] = {
         "channel50": 95.04, "channel60": 94.82, "channel70": 94.81,
     },
 }  # fmt: skip
+# What the file of a run must hold.
+KEYS = (
+    *("network", "method", "seed", "label", "settings", "at_once", "pruned_test_accuracy"),
+    *("weight_sparsity", "activation_sparsity", "training_flop_reduction", "seconds"),
+    *("images_per_second", "device", "versions", "steps", "config", "epochs", "layers"),
+)
 # How far below the paper's figure a row may be, in points.
 TOLERANCE = 0.5
 
@@ -51,10 +57,13 @@ def read(folder: Path) -> tuple[Runs, list[Run]]:
     for path in sorted(folder.glob("*.json")):
         try:
             run = json.loads(path.read_text(encoding="utf-8"))
-            key = (run["network"], run["method"])
-            others.append(run) if run["label"] else rows[key].append(run)
-        except (ValueError, KeyError, TypeError) as error:
+            missing = [key for key in KEYS if key not in run]
+        except (ValueError, TypeError) as error:
             raise UsageError(f"{path} is not the JSON file of a run: {error!r}") from error
+        if missing:
+            raise UsageError(f"{path} is not the JSON file of a run: no {', '.join(missing)}")
+        key = (run["network"], run["method"])
+        others.append(run) if run["label"] else rows[key].append(run)
     return rows, others
 
 
@@ -90,6 +99,11 @@ def table(rows: Runs) -> list[str]:
                 ("images_per_second", 1, "{:,.0f}"),
             ):
                 cells.append(form.format(scale * statistics.fmean(run[key] for run in runs)))
+            # Runs that share a GPU take longer each.
+            at_once = max(run["at_once"] for run in runs)
+            cells[8:] = [
+                f"{cell}, {at_once} at once" if at_once > 1 else cell for cell in cells[8:]
+            ]
             lines.append(line([*cells, str(len(runs))]))
     return lines
 
