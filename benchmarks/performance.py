@@ -399,8 +399,8 @@ def equivalence_section(found: dict[str, Any]) -> str:
         "The kernels' definitions in plain JAX, in their place on the same GPU, differ from",
         f"training without packing by {twins['difference']:.2f}, as means by",
         f"{twins['mean_difference']:.3f}; {within} windows are within the bound.",
-        "The largest difference is one of as many as there are seeds, its bound one of all pairs of",
-        "seeds, so it is the easier to meet the more there are. Means have no such advantage.",
+        "The largest difference is one of as many as there are seeds, its bound one of all pairs",
+        "of seeds, so it is the easier to meet the more there are. Means have no such advantage.",
     ]
     return "\n".join(lines)
 

@@ -332,9 +332,7 @@ def merge(files: Sequence[str]) -> dict[str, Any]:
         if "error" not in found:
             steps = found.get("steps_per_dispatch", 1)
             if dispatched.setdefault((network, batch), steps) != steps:
-                sys.exit(
-                    f"{network}, {batch}, {method}: other steps_per_dispatch than its network's"
-                )
+                sys.exit(f"{network}, {batch}: not all have the same steps_per_dispatch")
     networks, methods = list(NETWORKS), list(METHODS)
 
     def place(row: tuple[Any, ...]) -> tuple[int, int]:
