@@ -196,6 +196,8 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise RowError(f"its figures cannot be read: {error}") from error
+    if not row.label and config["max_steps"] is not None:
+        raise RowError(f"it ended after {config['max_steps']} steps, and has no --label")
     found = {
         "date": datetime.date.today().isoformat(),
         "label": row.label,
