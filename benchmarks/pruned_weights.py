@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from ml_collections import ConfigDict
+from parts import MOST_BYTES
 
-from swat_jax import checkpoint, network, step
+from swat_jax import checkpoint, step
 from swat_jax.data import Info
-
-MOST_BYTES = 16 * 2**20
 
 
 def load(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], set[str]]:
@@ -44,21 +44,15 @@ def load(workdir: pathlib.Path) -> tuple[dict[str, np.ndarray], set[str]]:
         raise SystemExit(f"{workdir} must hold a checkpoint of step {result['steps']}: {step_of}")
     if plain["checkpoint"]["select"] != "last":
         raise SystemExit(f"{workdir}: its scores are not those of the last checkpoint")
-    params = jax.device_get(trainer.prune(restored.state))
-    found = flat(params, "params") | flat(
-        jax.device_get(restored.state["batch_stats"]), "batch_stats"
-    )
+    trees = {
+        "params": trainer.prune(restored.state),
+        "batch_stats": restored.state["batch_stats"],
+    }
+    found: Any = traverse_util.flatten_dict(jax.device_get(trees), sep="/")
     sparse = {
         f"params/{layer.path}/kernel" for layer in trainer.layers if layer.weight_sparsity > 0
     }
     return found, sparse & found.keys()
-
-
-def flat(tree: network.Tree, path: str) -> dict[str, np.ndarray]:
-    """The arrays of a nested dict by path."""
-    if not isinstance(tree, dict):
-        return {path: np.asarray(tree)}
-    return {name: leaf for key in tree for name, leaf in flat(tree[key], f"{path}/{key}").items()}
 
 
 def compact(arrays: dict[str, np.ndarray], sparse: set[str], narrow: bool) -> dict[str, Any]:

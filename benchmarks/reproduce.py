@@ -35,6 +35,9 @@ from typing import Any, NamedTuple
 
 import parts
 
+from swat_jax.checkpoint import complete_steps
+from swat_jax.files import replace_text
+
 HERE = pathlib.Path(__file__).parent
 # What a run that is told to end is given to do so.
 GRACE_SECONDS = 15.0
@@ -134,7 +137,7 @@ def check_settings(row: Row, options: argparse.Namespace) -> None:
     file = options.runs / f"{row.name}.settings.json"
     if file.exists() and (before := json.loads(file.read_text())) != options.set:
         raise RowError(f"it was begun with --set {' '.join(before)}; give another --label")
-    write(file, json.dumps(options.set))
+    replace_text(file, json.dumps(options.set))
 
 
 def run_all(rows: Sequence[Row], options: argparse.Namespace) -> int:
@@ -219,15 +222,8 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
             raise RowError(f"its weights cannot be kept: {told.stderr[-500:]}")
         found["weights"] = told.stdout.strip().split(": ", 1)[1]
     options.output.mkdir(parents=True, exist_ok=True)
-    write(options.output / f"{row.name}.json", json.dumps(found, indent=1) + "\n")
+    replace_text(options.output / f"{row.name}.json", json.dumps(found, indent=1) + "\n")
     return found
-
-
-def write(file: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    new = file.with_name(f".{file.name}.new")
-    new.write_text(text)
-    new.replace(file)
 
 
 def pack(options: argparse.Namespace) -> list[pathlib.Path]:
@@ -237,8 +233,8 @@ def pack(options: argparse.Namespace) -> list[pathlib.Path]:
     }
     for path in sorted(options.runs.rglob("*")):
         name = path.relative_to(options.runs)
-        is_done = f"results/{name.parts[0]}.json" in files
-        if path.is_file() and not is_done and path.suffix != ".lock":
+        has_figures = f"results/{name.parts[0]}.json" in files
+        if path.is_file() and not has_figures and path.suffix != ".lock":
             files[f"runs/{name.as_posix()}"] = path
     return parts.pack(files, options.pack)
 
@@ -269,8 +265,7 @@ def unpack(options: argparse.Namespace) -> None:
 
 def newest(run: pathlib.Path) -> int:
     """The step of a run's newest complete checkpoint; 0 if it has none."""
-    names = [path.name for path in (run / "checkpoints").glob("*")]
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    return max(complete_steps(run / "checkpoints"), default=0)
 
 
 def by_epoch(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

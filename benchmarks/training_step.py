@@ -73,6 +73,11 @@ class TrainingStep:
         return (time.perf_counter() - start) / count * 1e3
 
     @property
+    def steps_per_dispatch(self) -> int:
+        """How many steps `run` does."""
+        return 1
+
+    @property
     def peak_bytes(self) -> int:
         """Most memory that this process had in use, with one batch of images; 0 if unknown."""
         peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -121,6 +126,11 @@ class ResidentSteps(TrainingStep):
         """Mean time of a step over at least ``count`` of them, whole dispatches."""
         dispatches = -(-count // self.steps)
         return super().milliseconds(dispatches) / self.steps
+
+    @property
+    def steps_per_dispatch(self) -> int:
+        """How many steps `run` does."""
+        return self.steps
 
     @property
     def peak_bytes(self) -> int:
@@ -196,8 +206,10 @@ def make(
         state, order, steps = make_state(), trainer.epoch_order(0), period * (100 // period or 1)
         many: Any = trainer.train_steps
         compiled = many.lower(state, *data, order, steps).compile()
-        given: Any = (data,)
-        return ResidentSteps(config, info, compiled, state, given, period, steps=steps, order=order)
+        batches = ((data[0], data[1]),)
+        return ResidentSteps(
+            config, info, compiled, state, batches, period, steps=steps, order=order
+        )
     batches = tuple(
         step.put_batch(
             trainer,

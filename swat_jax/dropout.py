@@ -33,7 +33,7 @@ class Dropout(nnx.Dropout):
     @property
     def drawn_rate(self) -> float:
         """The rate of what `draw` drops, the nearest that it can."""
-        return round(self.rate * dropout_bits.LEVELS) / dropout_bits.LEVELS
+        return dropout_bits.dropped(self.rate) / dropout_bits.LEVELS
 
     def draw(self, size: int) -> jax.Array:
         """Which of ``size`` values to keep, a bitmap, for whoever drops the others in its place.

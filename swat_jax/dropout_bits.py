@@ -35,6 +35,11 @@ def philox(counter: _Words, key: tuple[jax.Array, jax.Array]) -> _Words:
     return a, b, c, d
 
 
+def dropped(rate: float) -> int:
+    """How many of `LEVELS` come nearest to a rate."""
+    return round(rate * LEVELS)
+
+
 def draw(key: jax.Array, size: int, dropped: int) -> jax.Array:
     """A bitmap of ``size`` flags, each of which is 0 with probability ``dropped / LEVELS``.
 

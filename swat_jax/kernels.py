@@ -156,13 +156,7 @@ def refreshed_thresholds(
     def twin(
         keep: jax.Array, refresh: jax.Array, xs: Sequence[jax.Array], stored: Sequence[jax.Array]
     ) -> list[jax.Array]:
-        def exact(x: jax.Array, keep: jax.Array) -> jax.Array:
-            return top_k.threshold(x, keep)
-
-        return [
-            thresholds.refresh(refresh[i], stored[i], functools.partial(exact, x, keep[i]))
-            for i, x in enumerate(xs)
-        ]
+        return list(map(_refreshed, xs, keep, refresh, stored))
 
     words = jnp.stack([jnp.stack(top_k.words(keep)) for keep in keeps])
     flags = jnp.stack([jnp.asarray(flag) for flag in is_refresh])
@@ -501,7 +495,7 @@ def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
       size: how many values there are.
     """
     words = jax.random.bits(key, (2,), jnp.uint32)
-    dropped = round(rate * dropout_bits.LEVELS)
+    dropped = dropout_bits.dropped(rate)
     twin = functools.partial(dropout_bits.draw, size=size, dropped=dropped)
     if not _has_kernel("dropout_bits", jnp.float32) or size == 0:
         return twin(words)
@@ -533,11 +527,13 @@ def _threshold(
         )
         return limit
 
-    def twin(x: jax.Array, keep: jax.Array, refresh: jax.Array, stored: jax.Array) -> jax.Array:
-        return thresholds.refresh(refresh, stored, lambda: top_k.threshold(x, keep))
-
     words = varying_like(jnp.stack(top_k.words(keep)), x)
-    return _choose(kernel, twin, x, words, is_refresh, stored)
+    return _choose(kernel, _refreshed, x, words, is_refresh, stored)
+
+
+def _refreshed(x: jax.Array, keep: jax.Array, refresh: jax.Array, stored: jax.Array) -> jax.Array:
+    """The definition of a threshold that is recomputed, or not."""
+    return thresholds.refresh(refresh, stored, lambda: top_k.threshold(x, keep))
 
 
 def _has_kernel(op: str, dtype: Any) -> bool:

@@ -16,10 +16,10 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from swat_jax import report_figures
 from swat_jax.errors import UsageError
+from swat_jax.report_figures import Run, Runs
 
 # Top-1 in percent of CIFAR-10's rows, SWAT (NeurIPS 2020); None: nothing to compare with.
 PAPER: dict[str, dict[str, float | None]] = {
@@ -41,9 +41,6 @@ KEYS = (
 )
 # How far below the paper's figure a row may be, in points.
 TOLERANCE = 0.5
-
-Run = dict[str, Any]
-Runs = Mapping[tuple[str, str], Sequence[Run]]
 
 
 def read(folder: Path) -> tuple[Runs, list[Run]]:
@@ -67,10 +64,13 @@ def read(folder: Path) -> tuple[Runs, list[Run]]:
     return rows, others
 
 
-def accuracy(runs: Sequence[Run]) -> tuple[float, float | None]:
-    """Mean and standard deviation over seeds of the pruned top-1, in percent."""
-    values = [100 * run["pruned_test_accuracy"] for run in runs]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+def accuracy(runs: Sequence[Run]) -> tuple[float, str]:
+    """The pruned top-1 in percent: its mean over seeds, and how it is printed."""
+    mean = report_figures.mean_accuracy(runs)
+    if len(runs) == 1:
+        return mean, f"{mean:.2f}"
+    deviation = statistics.stdev(100 * run["pruned_test_accuracy"] for run in runs)
+    return mean, f"{mean:.2f} +- {deviation:.2f}"
 
 
 def table(rows: Runs) -> list[str]:
@@ -87,8 +87,7 @@ def table(rows: Runs) -> list[str]:
             if not runs:
                 lines.append(line((network, method, told, "not run", *[""] * (len(heads) - 4))))
                 continue
-            mean, deviation = accuracy(runs)
-            here = f"{mean:.2f}" + ("" if deviation is None else f" +- {deviation:.2f}")
+            mean, here = accuracy(runs)
             cells = [network, method, told, here]
             cells.append("" if paper is None else f"{mean - paper:+.2f}{verdict(mean, paper)}")
             for key, scale, form in (
@@ -121,8 +120,7 @@ def others_table(others: Sequence[Run]) -> list[str]:
         settings = ", ".join(f"`{setting}`" for setting in run["settings"])
         groups[run["network"], run["method"], settings].append(run)
     for key, runs in sorted(groups.items()):
-        mean, deviation = accuracy(runs)
-        here = f"{mean:.2f}" + ("" if deviation is None else f" +- {deviation:.2f}")
+        _, here = accuracy(runs)
         rate = statistics.fmean(run["images_per_second"] for run in runs)
         lines.append(line((*key, here, f"{rate:,.0f}")))
     return lines

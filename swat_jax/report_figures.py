@@ -40,21 +40,25 @@ def draw(rows: Runs, paper: Mapping[str, Mapping[str, float | None]]) -> dict[st
     return found
 
 
+def mean_accuracy(runs: Sequence[Run]) -> float:
+    """Mean over seeds of the pruned top-1, in percent."""
+    return 100 * statistics.fmean(run["pruned_test_accuracy"] for run in runs)
+
+
 def _flops(rows: Runs, paper: Mapping[str, Mapping[str, float | None]]) -> str:
     """Accuracy over the FLOPs of training, as a share of dense training's."""
     figure, axes = _figure(7, 4.5)
-    for number, network in enumerate(dict.fromkeys(network for network, _ in rows)):
-        colour = f"C{number}"
-        for (name, method), runs in rows.items():
-            if name != network:
-                continue
-            share = 1 - statistics.fmean(run["training_flop_reduction"] for run in runs) / 100
-            here = 100 * statistics.fmean(run["pruned_test_accuracy"] for run in runs)
-            axes.plot(share, here, "o", color=colour)
-            axes.annotate(method, (share, here), xytext=(5, 3), textcoords="offset points", size=7)
-            theirs = paper.get(network, {}).get(method)
-            if theirs is not None:
-                axes.plot(share, theirs, "x", color=colour)
+    networks = dict.fromkeys(network for network, _ in rows)
+    colours = {network: f"C{number}" for number, network in enumerate(networks)}
+    for (network, method), runs in rows.items():
+        share = 1 - statistics.fmean(run["training_flop_reduction"] for run in runs) / 100
+        here = mean_accuracy(runs)
+        axes.plot(share, here, "o", color=colours[network])
+        axes.annotate(method, (share, here), xytext=(5, 3), textcoords="offset points", size=7)
+        theirs = paper.get(network, {}).get(method)
+        if theirs is not None:
+            axes.plot(share, theirs, "x", color=colours[network])
+    for network, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=network)
     axes.plot([], [], "x", color="grey", label="the paper's")
     axes.set_xlabel("FLOPs of training, of dense training")

@@ -6,6 +6,7 @@ Whoever has a GPU runs `JAX_PLATFORMS=cuda,cpu pytest tests/gpu`.
 """
 
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -113,3 +114,10 @@ def fake_devices() -> list:
         f"{len(devices)} CPU devices; set XLA_FLAGS before JAX starts"
     )
     return devices[:FAKE_DEVICES]
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a benchmark as it is when it is run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    return importlib.import_module

@@ -11,10 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 
-from swat_jax import config_file
+from swat_jax import config_file, native
 
 ROOT = Path(__file__).parents[1]
+needs_library = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
 # 22 steps; the checkpoints of steps 4, 8, 11, 12, 16, 20 and 22 follow one another closely.
 OFTEN_SAVED = {
     "batch_size": 128,

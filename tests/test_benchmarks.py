@@ -1,11 +1,9 @@
 """What the benchmarks measure is what they say: the parts of them that need no GPU."""
 
 import argparse
-import importlib
 import json
 import math
 import os
-import pathlib
 import types
 
 import jax
@@ -20,15 +18,6 @@ from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.models.layer_types import LayerTypes
 from swat_jax.models.resnet import BasicBlock, ResNet
 from swat_jax.sparsity import top_k
-
-FOLDER = pathlib.Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports a benchmark as it is when it is run."""
-    monkeypatch.syspath_prepend(str(FOLDER))
-    return importlib.import_module
 
 
 def build(name):

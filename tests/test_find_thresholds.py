@@ -11,11 +11,9 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from swat_jax import data, kernels, native, step
+from swat_jax import data, kernels, step
 from swat_jax.layers import NextWeightThreshold, SwatConv, SwatLinear, find_weight_thresholds
-from tests.runs import digits
-
-needs_library = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
+from tests.runs import digits, needs_library
 
 
 def rounded(args, /, *, dtype=None):

@@ -14,8 +14,7 @@ from swat_jax import functional, kernels, native
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv
 from tests import oracle
-
-needs_library = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
+from tests.runs import needs_library
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import argparse
 import fcntl
-import importlib
 import json
 import pathlib
 import subprocess
@@ -34,12 +33,6 @@ def images(tmp_path_factory):
     }
     np.savez(path, **arrays)
     return path
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    return importlib.import_module
 
 
 def reproduce(place, *arguments):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swat_jax import data, native, step
+from swat_jax import data, step
 from tests.models.test_packing import NETWORKS, SHAPE, build, loss_of
-from tests.runs import digits
+from tests.runs import digits, needs_library
 
-pytestmark = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
+pytestmark = needs_library
 
 
 def loss_gradients_state(name, period, **options):

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swat_jax import batch_norm, dropout_bits, kernels, native
+from swat_jax import batch_norm, dropout_bits, kernels
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
 from tests import oracle
+from tests.runs import needs_library
 
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
 # Around an octet, a bitmap word, a tile and a span, and large enough for many blocks.
 SIZES = [1, 7, 8, 33, 2047, 2048, 2049, 8_192, 8_193, 100_001, 3_000_001]
 
-pytestmark = pytest.mark.skipif(not native.load().available, reason=native.load().reason)
+pytestmark = needs_library
 
 
 @pytest.fixture(autouse=True)
