@@ -6,7 +6,7 @@ r"""Trains rows of the paper's tables at full length and keeps what came out.
     python benchmarks/reproduce.py --runs runs --unpack parts
 
 A row is CONFIG:METHOD; it and each of `--seeds` is a process of `swat_jax.main`, `--jobs` of them
-at a time, in the order in which they are named. Rows that are done are not run again, and one that
+at a time, in the order in which they are named, each on one of the GPUs `--devices`. Rows that are done are not run again, and one that
 was cut off goes on from its last checkpoint, also on another machine: `--pack` writes all that is
 needed for that into a few files, `--unpack` takes it from there.
 
@@ -81,8 +81,8 @@ class Running:
       RowError: another process trains it, or it was begun with other settings.
     """
 
-    def __init__(self, row: Row, options: argparse.Namespace) -> None:
-        self.row = row
+    def __init__(self, row: Row, device: str | None, options: argparse.Namespace) -> None:
+        self.row, self.device = row, device
         self.started = time.monotonic()
         self.log = options.runs / f"{row.name}.log"
         check_settings(row, options)
@@ -94,6 +94,8 @@ class Running:
             self._lock.close()
             raise RowError("another process trains it") from None
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
         # A run goes on in the same log. A session of its own: Ctrl-C reaches it through `stop`.
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -116,6 +118,12 @@ class Running:
 
 class RowError(Exception):
     """Why a row cannot be trained, or its figures not be taken."""
+
+
+def free_device(running: Sequence[Running], options: argparse.Namespace) -> str | None:
+    """The GPU with the fewest rows; None where the environment says which."""
+    used = [one.device for one in running]
+    return min(options.devices, key=used.count, default=None)
 
 
 def stop(running: Sequence[Running]) -> None:
@@ -151,7 +159,7 @@ def run_all(rows: Sequence[Row], options: argparse.Namespace) -> int:
                 row = waiting.pop(0)
                 try:
                     if not is_done(row, options):
-                        running.append(Running(row, options))
+                        running.append(Running(row, free_device(running, options), options))
                 except RowError as error:
                     failed += 1
                     print(f"{row.name}: failed: {error}", flush=True)
@@ -205,7 +213,7 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "label": row.label,
         "settings": options.set,
-        "at_once": options.jobs,
+        "at_once": -(-options.jobs // max(len(options.devices), 1)),  # on one GPU
         **{key: value for key, value in result.items() if key not in NOT_KEPT},
         "epochs": by_epoch(lines),
         "config": config,
@@ -298,6 +306,8 @@ def main() -> int:
     output = pathlib.Path("docs/results/cifar10")
     parser.add_argument("--output", type=pathlib.Path, default=output, help="for the JSON files")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
+    devices = "GPUs to spread rows over, one each, by their numbers; default: as the environment says"
+    parser.add_argument("--devices", nargs="+", default=[], metavar="GPU", help=devices)
     parser.add_argument("--seconds", type=float, help="stop after as many, to go on later")
     parser.add_argument("--checkpoint_epochs", type=int, default=10)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the config")

@@ -111,10 +111,12 @@ class ResidentSteps(TrainingStep):
     Attributes:
       steps: of a dispatch, whole periods.
       order: of the images.
+      trainer: whose steps they are.
     """
 
     steps: int = 1
     order: jax.Array | None = None
+    trainer: Any = None
 
     def run(self, *, refresh: bool = False) -> None:
         """All steps of a dispatch, asynchronously; those that are due refresh thresholds."""
@@ -208,7 +210,7 @@ def make(
         compiled = many.lower(state, *data, order, steps).compile()
         batches = ((data[0], data[1]),)
         return ResidentSteps(
-            config, info, compiled, state, batches, period, steps=steps, order=order
+            config, info, compiled, state, batches, period, steps=steps, order=order, trainer=trainer
         )
     batches = tuple(
         step.put_batch(
