@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from the measurements in docs/results.
+"""Writes docs/performance.md and docs/steps.svg from the measurements in docs/results.
 
     python benchmarks/performance.py
 
@@ -8,6 +8,8 @@ Nothing in that page is typed by hand but its explanations, which are here.
 import json
 import pathlib
 from typing import Any
+
+from swat_jax import report_figures
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
@@ -31,6 +33,14 @@ TIME_MARKS = {
     "cifar10_resnet18": (0.95, 1.0),
     "cifar10_vgg16": (0.95, 1.0),
     "cifar10_densenet121": (0.95, 1.0),
+}
+NAMES = {
+    "imagenet_resnet50": "ResNet-50",
+    "imagenet_wrn50_2": "WRN-50-2",
+    "cifar10_wrn16_8": "WRN-16-8",
+    "cifar10_resnet18": "ResNet-18",
+    "cifar10_vgg16": "VGG-16",
+    "cifar10_densenet121": "DenseNet-121",
 }
 # At batch 128 the paper's period alone is asked for, and a peak near the byte count.
 SMALL_BATCH, SMALL_BATCH_TIME_MARK, SMALL_BATCH_MEMORY_MARK = 128, 1.0, 1.05
@@ -120,8 +130,8 @@ def steps_section(found: dict[str, Any]) -> str:
         "period. Peak memory is what the allocator saw; beside it what XLA plans for a whole step,",
         "and what layers keep for their backward passes (`python -m swat_jax.flops --bytes`).",
         "Ratios are to dense in the same group of a run; where a network had several groups, the",
-        "table has dense once. At batch 128 a hundred steps are dispatched at once on data that lie",
-        "on the device, with augmentation, as in training.",
+        "table has dense once. At batch 128 a hundred steps are dispatched at once on data that",
+        "lie on the device, with augmentation, as in training.",
         "",
     ]
     memory = {"xla_mib": "XLA's MiB", "kept_mib": "kept MiB"}
@@ -143,6 +153,8 @@ def steps_section(found: dict[str, Any]) -> str:
         lines.append(line_of(*cells))
     lines += [
         "",
+        "![u90: time and memory of dense](steps.svg)",
+        "",
         *marks_lines(found["steps"]),
         "",
         *small_batch_lines([found, read("steps_h100")]),
@@ -159,21 +171,46 @@ def marks_lines(rows: list[dict[str, Any]]) -> list[str]:
         "| network, batch | time, paper's P | mark | time, P = 1 | mark | peak memory | mark |",
         "|---|---:|---|---:|---|---:|---|",
     ]
-    by_name = {(row["network"], row["batch"], row["method"]): row for row in rows}
-    for (network, batch, method), row in by_name.items():
-        if method != "u90" or batch == SMALL_BATCH:
+    for (network, batch), found in shares(rows).items():
+        if batch == SMALL_BATCH:
             continue
-        exact = by_name[network, batch, "u90 exact"]
-        dense = min(one["dense_ms"] for key, one in by_name.items() if key[:2] == (network, batch))
+        marks = (*TIME_MARKS[network], MEMORY_MARKS[network])
         cells: list[str] = []
-        for ratio, mark in (
-            (row["ms"] / dense, TIME_MARKS[network][0]),
-            (exact["ms"] / dense, TIME_MARKS[network][1]),
-            (row["memory_ratio"], MEMORY_MARKS[network]),
-        ):
+        for ratio, mark in zip(found, marks, strict=True):
             cells += [f"{ratio:.2f}", f"{mark:.2f}: {verdict(round(ratio, 2) <= mark)}"]
         lines.append(line_of(f"{network}, {batch}", *cells))
     return lines
+
+
+def shares(rows: list[dict[str, Any]]) -> dict[tuple[str, int], tuple[float, float, float]]:
+    """What u90 takes of dense by network and batch: time, time with exact thresholds, memory."""
+    by_name = {(row["network"], row["batch"], row["method"]): row for row in rows}
+    found = {}
+    for (network, batch, method), row in by_name.items():
+        if method == "u90":
+            exact = by_name[network, batch, "u90 exact"]
+            every = [one["dense_ms"] for key, one in by_name.items() if key[:2] == (network, batch)]
+            dense = min(every)
+            found[network, batch] = row["ms"] / dense, exact["ms"] / dense, row["memory_ratio"]
+    return found
+
+
+def steps_picture(rows: list[dict[str, Any]]) -> str:
+    """Bars of what `shares` says, as SVG."""
+    figure, axes = report_figures.figure_of(8, 3)
+    found = {key: value for key, value in shares(rows).items() if key[1] != SMALL_BATCH}
+    names = ("time, paper's period", "time, exact at every step", "peak memory")
+    for number, name in enumerate(names):
+        places = [place + 0.27 * (number - 1) for place in range(len(found))]
+        bars = axes.bar(places, [value[number] for value in found.values()], 0.27, label=name)
+        axes.bar_label(bars, fmt="%.2f", size=6)
+    axes.axhline(1, color="black", lw=0.8)
+    axes.set_xticks(list(range(len(found))))
+    axes.set_xticklabels([f"{NAMES[network]}, {batch}" for network, batch in found], size=8)
+    axes.set_ylabel("of dense")
+    axes.set_ylim(0, 1.45)
+    axes.legend(ncols=3, prop={"size": 8})
+    return report_figures.svg_of(figure)
 
 
 def small_batch_lines(reports: list[dict[str, Any]]) -> list[str]:
@@ -318,9 +355,9 @@ STEP_MISSES = """### Where a mark is missed
   thresholds of weights 0.4 at P = 1. Its kernels take 6.35 ms, those of dense 6.39, but the step
   takes 6.80 and 6.58 (6.83 and 6.48 without CUDA graphs): the rest is launching. There are fewer
   launches, 496 for 538, but a call of ours costs the host more than one of XLA's own kernels.
-  Passes run at less than the copy rate, since tensors are small
-  (batch norm and packing 0.84 ms for 0.41 at the copy rate, statistics 0.30 for 0.16, sums 0.64
-  for 0.48, unpacking 0.35 for 0.20).
+  Passes run at less than the copy rate, since tensors are small (batch norm and packing 0.84 ms
+  for 0.41 at the copy rate, statistics 0.30 for 0.16, sums 0.64 for 0.48, unpacking 0.35 for
+  0.20).
 * **DenseNet-121**: every layer reads all layers before it, so there is a norm and a pack for
   every conv, on many channels each. XLA plans 6.5 GiB for the dense step where layers keep 9.3:
   it makes what it needs again in the backward pass, at no loss of time that shows, and does not
@@ -329,10 +366,10 @@ STEP_MISSES = """### Where a mark is missed
 * **Batch 128** (1.10 to 1.18 of dense on the H200; DenseNet-121 is of an H100 and dispatched step
   by step): launching is what bounds all of them, although no Python runs between the steps of a
   dispatch. Kernels of a VGG-16 step take 2.16 ms dense (372 launches) and 2.11 at u90 (411), each
-  a few us and traced one by one; the steps, 1.99 and 2.34. With XLA told to put convs into CUDA graphs, too
-  (`--xla_gpu_enable_command_buffer=+CONVOLUTION`), u90 takes 2.21 ms for 2.36 in the same run;
-  the dense step then fails in cuDNN (status 5003), so it is not the default. The peak of small
-  networks is that of the choice of cuDNN's algorithms, before the first step.
+  a few us and traced one by one; the steps, 1.99 and 2.34. With XLA told to put convs into CUDA
+  graphs, too (`--xla_gpu_enable_command_buffer=+CONVOLUTION`), u90 takes 2.21 ms for 2.36 in the
+  same run; the dense step then fails in cuDNN (status 5003), so it is not the default. The peak of
+  small networks is that of the choice of cuDNN's algorithms, before the first step.
 * Beyond that: unpacking within the weight gradient (2.5 ms of ResNet-50), sums in the epilogue of
   the forward convs (1.9 ms), batch norm and max pooling of the stem in one pass (0.8 ms).
 * **Memory of ResNet-50.** Kept are 5,427 MiB of inputs of batch norm, 168 MiB of signs, 733 MiB
@@ -412,6 +449,33 @@ def equivalence_section(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def several_section(alone: dict[str, Any], mps: dict[str, Any]) -> str:
+    found = {(row["way"], row["at_once"]): row["images_per_second"] for row in alone["rows"]}
+    found |= {("mps", row["at_once"]): row["images_per_second"] for row in mps["rows"]}
+    counts = sorted({count for _, count in found})
+    lines = [
+        "## Several runs on one GPU",
+        "",
+        f"Images per second of all runs together, {alone['network']}, {alone['method']}, on an",
+        f"{alone['device']}, {alone['date']}: `python benchmarks/several_runs.py`. MPS is NVIDIA's",
+        "service through which kernels of several processes run at the same time",
+        "(`nvidia-cuda-mps-control -d`). Without it processes take turns, and gain nothing. Seeds",
+        "under `jax.vmap` turn convs into grouped ones, and the branches of thresholds that are",
+        "refreshed early into selections that compute both sides.",
+        "",
+        line_of("", *(f"{count} at once" for count in counts)),
+        "|---" + "|---:" * len(counts) + "|",
+    ]
+    for way, name in (
+        ("processes", "processes"),
+        ("mps", "processes under MPS"),
+        ("vmap", "seeds under `jax.vmap`"),
+    ):
+        cells = (f"{found[way, n]:,.0f}" if (way, n) in found else "" for n in counts)
+        lines.append(line_of(name, *cells))
+    return "\n".join(lines)
+
+
 def read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
@@ -443,10 +507,13 @@ def main() -> None:
         ops_section(ops),
         "",
         MISSES,
+        several_section(read("several_runs_h200"), read("several_runs_mps_h200")),
+        "",
         equivalence_section(read("equivalence_h200")),
         "",
     ]
     (ROOT / "docs/performance.md").write_text("\n".join(parts))
+    (ROOT / "docs/steps.svg").write_text(steps_picture(read("steps_h200")["steps"]))
 
 
 if __name__ == "__main__":

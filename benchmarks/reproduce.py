@@ -6,9 +6,10 @@ r"""Trains rows of the paper's tables at full length and keeps what came out.
     python benchmarks/reproduce.py --runs runs --unpack parts
 
 A row is CONFIG:METHOD; it and each of `--seeds` is a process of `swat_jax.main`, `--jobs` of them
-at a time, in the order in which they are named, each on one of the GPUs `--devices`. Rows that are done are not run again, and one that
-was cut off goes on from its last checkpoint, also on another machine: `--pack` writes all that is
-needed for that into a few files, `--unpack` takes it from there.
+at a time, in the order in which they are named, each on one of the GPUs that `--devices` names.
+Rows that are done are not run again, and one that was cut off goes on from its last checkpoint,
+also on another machine: `--pack` writes all that is needed for that into a few files, `--unpack`
+takes it from there.
 
 Every run that ends leaves a JSON file in `--output`, of which `python -m swat_jax.report` makes
 tables and pictures, and a sparse one its weights in `RUNS/weights` (see `pruned_weights.py`).
@@ -306,7 +307,9 @@ def main() -> int:
     output = pathlib.Path("docs/results/cifar10")
     parser.add_argument("--output", type=pathlib.Path, default=output, help="for the JSON files")
     parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
-    devices = "GPUs to spread rows over, one each, by their numbers; default: as the environment says"
+    devices = (
+        "GPUs to spread rows over, one each, by their numbers; default: as the environment says"
+    )
     parser.add_argument("--devices", nargs="+", default=[], metavar="GPU", help=devices)
     parser.add_argument("--seconds", type=float, help="stop after as many, to go on later")
     parser.add_argument("--checkpoint_epochs", type=int, default=10)

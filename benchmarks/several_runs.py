@@ -29,7 +29,7 @@ class Row(NamedTuple):
     """A way of running so many at once."""
 
     way: str
-    count: int
+    at_once: int
 
 
 def run_one(network: str, method: str, count: int) -> None:
@@ -121,9 +121,9 @@ def measure(row: Row, processes: list[subprocess.Popen[str]], options: Any) -> d
         process.stdin.flush()
     found = [answer(process) for process in processes]
     batch = int(options.network.split(":")[1])
-    seeds = row.count if row.way == "vmap" else 1
+    seeds = row.at_once if row.way == "vmap" else 1
     total = sum(one["steps"] * batch * seeds / one["seconds"] for one in found)
-    return {"way": row.way, "at_once": row.count, "images_per_second": total}
+    return {"way": row.way, "at_once": row.at_once, "images_per_second": total}
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def main() -> None:
     together = {count: start(options, count) for count in counts}
     members = [*alone, *together.values()]
     try:
-        facts = [answer(process) for process in members][0]
+        compiled = [answer(process) for process in members]
         rows = []
         for count in options.at_once:
             if "processes" in options.ways or count == 1:
@@ -155,9 +155,10 @@ def main() -> None:
     finally:
         for process in members:
             process.kill()
+            process.communicate()
     report = {
         "date": datetime.date.today().isoformat(),
-        **facts,
+        **compiled[0],
         "network": options.network,
         "method": options.method,
         "mps": "CUDA_MPS_PIPE_DIRECTORY" in os.environ,
@@ -165,7 +166,7 @@ def main() -> None:
     }
     if options.output:
         pathlib.Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
-    print(f"{options.network} {options.method}, {facts['device']}")
+    print(f"{options.network} {options.method}, {compiled[0]['device']}")
     for row in rows:
         print(f"{row['at_once']:3} {row['way']:10} {row['images_per_second']:10.0f} images/s")
 

@@ -1,71 +1,71 @@
-r"""The table of short runs in README.md, from the figures in docs/results.
+r"""The tables in README.md, from the figures in docs/results.
 
-    python benchmarks/tables.py            # writes it into README.md
-    python benchmarks/tables.py --check    # only says whether README.md is up to date
-
-One row for each method. "a / b": with the data on the device / prepared on the host; "-": not run.
+python benchmarks/tables.py            # writes them into README.md
+python benchmarks/tables.py --check    # only says whether README.md is up to date
 """
 
 import argparse
-import json
 import pathlib
+import statistics
 import sys
 
-ROOT = pathlib.Path(__file__).parents[1]
-BEGIN, END = "<!-- benchmarks/tables.py writes this -->\n", "<!-- until here -->\n"
-NAMES = {
-    "dense": "dense",
-    "u90": "SWAT-U 90",
-    "erk90": "SWAT-ERK 90",
-    "m90": "SWAT-M 90",
-    "channel70": "channel 70",
-}
+import performance
+
+from swat_jax import report
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- benchmarks/tables.py writes {} -->\n", "<!-- until here -->\n"
+NETWORKS = {name.removeprefix("cifar10_"): told for name, told in performance.NAMES.items()}
 
 
-def runs(name: str) -> dict[tuple[str, str], dict]:
-    """(method, path) -> the figures of one run."""
-    found = json.loads((ROOT / "docs" / "results" / f"short_runs_{name}.json").read_text())
-    return {(run["method"], run["path"]): run for run in found["runs"]}
-
-
-def short_runs() -> str:
-    """Loss ratios and accuracies on both machines, and the speed of the one that was not shared."""
-    cpu, gpu = runs("cpu"), runs("h200")
+def steps() -> list[str]:
+    """What a step of u90 takes of a dense one."""
     lines = [
-        "| method | CPU: ratio | pruned accuracy | H200: ratio | pruned accuracy | images/s |",
-        "|---|---|---|---|---|---|",
+        "| network, batch | time | exact at every step | peak memory |",
+        "|---|---:|---:|---:|",
     ]
+    for (network, batch), found in performance.shares(
+        performance.read("steps_h200")["steps"]
+    ).items():
+        name = f"{performance.NAMES[network]}, {batch}"
+        lines.append(performance.line_of(name, *(f"{share:.2f}" for share in found)))
+    return lines
 
-    def pair(found: dict, method: str, key: str, form: str) -> str:
-        both = [found.get((method, path)) for path in ("device", "grain")]
-        return " / ".join(form.format(run[key]) if run else "-" for run in both)
 
-    for method, name in NAMES.items():
-        cells = [
-            pair(cpu, method, "ratio", "{:.3f}"),
-            pair(cpu, method, "pruned_test_accuracy", "{:.1%}"),
-            pair(gpu, method, "ratio", "{:.3f}"),
-            pair(gpu, method, "pruned_test_accuracy", "{:.1%}"),
-            pair(gpu, method, "images_per_second", "{:,.0f}"),
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def cifar10() -> list[str]:
+    """The rows of the paper's table that were run, beside it."""
+    rows, _ = report.read(performance.RESULTS / "cifar10")
+    lines = [
+        "| network | method | the paper's | here | FLOPs saved |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for network, methods in report.PAPER.items():
+        for method, paper in methods.items():
+            if runs := rows.get((network, method), ()):
+                saved = statistics.fmean(run["training_flop_reduction"] for run in runs)
+                told = "" if paper is None else f"{paper:.2f}"
+                _, here = report.accuracy(runs)
+                cells = (NETWORKS[network], f"`{method}`", told, here, f"{saved:.0f} %")
+                lines.append(performance.line_of(*cells))
+    return lines
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="The table of short runs in README.md.")
+    parser = argparse.ArgumentParser(description="The tables in README.md.")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    new = f"{before}{BEGIN}\n{short_runs()}\n{END}{rest.split(END)[1]}"
+    text = new = README.read_text(encoding="utf-8")
+    for table in (steps, cifar10):
+        before, rest = new.split(BEGIN.format(table.__name__))
+        after = rest.split(END, 1)[1]
+        lines = "\n".join(table())
+        new = f"{before}{BEGIN.format(table.__name__)}\n{lines}\n\n{END}{after}"
     if new == text:
         return 0
     if options.check:
         print("README.md differs from docs/results: run python benchmarks/tables.py")
         return 1
-    readme.write_text(new, encoding="utf-8")
+    README.write_text(new, encoding="utf-8")
     return 0
 
 

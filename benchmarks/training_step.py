@@ -210,7 +210,15 @@ def make(
         compiled = many.lower(state, *data, order, steps).compile()
         batches = ((data[0], data[1]),)
         return ResidentSteps(
-            config, info, compiled, state, batches, period, steps=steps, order=order, trainer=trainer
+            config,
+            info,
+            compiled,
+            state,
+            batches,
+            period,
+            steps=steps,
+            order=order,
+            trainer=trainer,
         )
     batches = tuple(
         step.put_batch(

@@ -4,6 +4,9 @@ import argparse
 import json
 import math
 import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -226,3 +229,40 @@ def test_backends_differ_by_no_more_than_seeds(load):
         "losses": {"cuda": near, "xla": second}, "verdict": verdict,
     })  # fmt: skip
     assert picture.count("<polyline") == picture.count("<polygon") == 2
+
+
+CHILD = """
+import json, sys
+print(json.dumps({"device": "some", "versions": {}}), flush=True)
+for line in sys.stdin:
+    print("noise")
+    print(json.dumps({"steps": 30, "seconds": float(line)}), flush=True)
+"""
+
+
+def test_images_of_several_runs_are_added_up(load, monkeypatch, tmp_path, capsys):
+    script, started = load("several_runs"), []
+
+    def start(options, count):
+        started.append(count)
+        pipe = subprocess.PIPE
+        return subprocess.Popen([sys.executable, "-c", CHILD], stdin=pipe, stdout=pipe, text=True)
+
+    monkeypatch.setattr(script, "start", start)
+    output = tmp_path / "found.json"
+    command = ["several_runs", "--network=cifar10_vgg16:16", "--at_once", "1", "3", "--seconds=2"]
+    monkeypatch.setattr(sys, "argv", [*command, f"--output={output}"])
+    script.main()
+    assert started == [1, 1, 1, 3]  # three processes, and one of three seeds
+    found = json.loads(output.read_text())
+    one = 30 * 16 / 2
+    assert [(row["way"], row["at_once"], row["images_per_second"]) for row in found["rows"]] == [
+        ("processes", 1, one), ("processes", 3, 3 * one), ("vmap", 3, 3 * one)
+    ]  # fmt: skip
+    assert "some" in capsys.readouterr().out
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    script = pathlib.Path(__file__).parents[1] / "benchmarks" / "tables.py"
+    told = subprocess.run([sys.executable, script, "--check"], capture_output=True, check=False)
+    assert told.returncode == 0, told.stdout.decode() + told.stderr.decode()

@@ -101,6 +101,30 @@ def test_a_row_that_another_process_trains_is_left_to_it(tmp_path, images):
     assert result.stdout.count("another process trains it") == 1
 
 
+def test_rows_are_spread_over_devices(load):
+    script = load("reproduce")
+    options = argparse.Namespace(devices=["0", "1", "2"])
+    running = []
+    for expected in ("0", "1", "2", "0"):
+        assert script.free_device(running, options) == expected
+        running.append(argparse.Namespace(device=expected))
+    assert script.free_device([running[0], running[2]], options) == "1"
+    assert script.free_device([], argparse.Namespace(devices=[])) is None
+
+
+def test_a_row_sees_its_device_only(tmp_path, load, monkeypatch):
+    script = load("reproduce")
+    say = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"
+    monkeypatch.setattr(script, "command", lambda row, options: [sys.executable, "-c", say])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    options = argparse.Namespace(runs=tmp_path, set=[])
+    for device, expected in (("3", "3"), (None, "None")):
+        one = script.Running(script.Row("config", "u90", 0, f"on{device}"), device, options)
+        assert one.process.wait() == 0
+        one.end()
+        assert one.last_lines() == expected
+
+
 def check_weights(place, found, pruned_weights):
     weights = pruned_weights.restore(place / "runs" / "weights" / f"{NAME}.npz")
     arrays, sparse = pruned_weights.load(place / "runs" / NAME)
