@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -38,8 +37,6 @@ from swat_jax.sparsity.varying import varying_axes
 
 # Inputs that are less sparse than this are not packed: it would save no memory.
 LEAST_PACKED_SPARSITY = 0.15
-# A budget that is state may grow; this is how far before fewer values are kept than it asks for.
-_DYNAMIC_ROOM = 2
 
 
 class Threshold(nnx.Variable):
@@ -180,12 +177,11 @@ class _SwatLayer(nnx.Module):
     def activation_capacity(self, size: int) -> int:
         """Room for packed values of an input of ``size``.
 
-        With a dynamic budget it is fixed all the same, at twice the count of the initial sparsity.
+        A dynamic budget may come to keep everything, so there is room for that.
         """
-        keep = top_k.keep_count(self.activation_sparsity, size)
         if self.weight_budget is not None:
-            keep = min(_DYNAMIC_ROOM * keep, math.ceil((1 - LEAST_PACKED_SPARSITY) * size))
-        return packing.capacity(keep, size)
+            return size
+        return packing.capacity(top_k.keep_count(self.activation_sparsity, size), size)
 
     def keep_threshold(self, limit: jax.Array) -> None:
         """Takes the threshold that its input was packed with, if it reuses thresholds."""
@@ -242,15 +238,13 @@ class _SwatLayer(nnx.Module):
             if limit is None:
                 limit = kernels.threshold(x, activation_keep)
             masked = granularities.masked_weights(kernel, self.granularity, weight_limit)
-            kept = top_k.mask(x, limit)
+            # XLA may compare values that it makes in this program before it has rounded them, and
+            # the packed ones are rounded.
+            kept = top_k.mask(lax.optimization_barrier(x), limit)
             dropped = jnp.float32(0)
             if given.packed is not None:
-                # A budget that has outgrown its room was cut before anything was dropped.
-                high, low = (word.astype(jnp.float32) for word in top_k.words(activation_keep))
-                lacking = jnp.maximum(high * 2.0**32 + low - given.packed.values.size, 0)
                 held = top_k.mask(kernels.unpack(given.packed), limit)
-                wanted, held = (jnp.sum(flags, dtype=jnp.uint32) for flags in (kept, held))
-                dropped = (wanted - held).astype(jnp.float32) + lacking
+                dropped = jnp.sum(kept & ~held, dtype=jnp.uint32).astype(jnp.float32)
             found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped]
             self.measured_sparsity = nnx.data(MeasuredSparsity(jnp.stack(found)))
         return selection

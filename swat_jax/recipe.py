@@ -67,7 +67,8 @@ def base() -> ConfigDict:
     config.sparsity.first_layer_dense = True
     config.sparsity.threshold_every_steps = 1  # 1: exact thresholds at every step
     config.sparsity.exact_epochs = 0
-    # Keep saved activations in packed form. None: where there are kernels for it.
+    # Keep saved activations in packed form. None: where there are kernels for it, but not under
+    # momentum, whose budgets may come to keep everything.
     config.sparsity.pack = config_dict.placeholder(bool)
 
     config.optimizer = ConfigDict()

@@ -471,11 +471,13 @@ def _means(pending: list[step.Metrics]) -> dict[str, float]:
 
 
 def _epoch_line(epoch: int, scores: dict[str, float]) -> str:
+    dropped = scores["dropped_activations"]
     return (
         f"epoch {epoch}: test accuracy {scores['test_accuracy']:.2%} (pruned)"
         f"  zeros in weights {scores['weight_sparsity']:.1%}"
         f", in saved activations {scores['activation_sparsity']:.1%}"
         f"  training FLOPs saved so far {scores['training_flop_reduction']:.1f} %"
+        + (f"  {dropped:.0f} values to be saved found no room" if dropped else "")
     )
 
 

@@ -80,6 +80,22 @@ def test_momentum_needs_single_weights_and_one_budget():
             build.build(digits("m90", **{f"sparsity__{key}": value}), **FACTS, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.parametrize(
+    ("method", "pack", "expected"),
+    [("u90", None, True), ("m90", None, False), ("m90", True, True), ("u90", False, False)],
+)
+def test_where_there_are_kernels_inputs_are_packed_but_under_momentum(
+    monkeypatch, method, pack, expected
+):
+    """Its budgets may come to keep all of an input."""
+    monkeypatch.setattr(build.kernels, "packs", lambda: True)
+    model = build.build(digits(method, sparsity__pack=pack), **FACTS, rngs=nnx.Rngs(0))
+    for _, layer in build.sparse_layers(model):
+        assert layer.pack == expected
+        if method == "m90":
+            assert layer.activation_capacity(1000) == 1000
+
+
 ROWS = listing.rows(ROOT / "configs")
 # The amount of sparsity changes numbers in the program, not its shape: of the steps, one row stands
 # for all. That each amount can be had is tested below for every row.

@@ -552,17 +552,17 @@ def test_measured_are_values_that_found_no_room():
 
 
 @pytest.mark.parametrize("announced", [True, False])
-def test_measured_is_a_budget_that_has_outgrown_its_room(announced):
+@pytest.mark.parametrize("keep", [1, K_SIZE // 2, K_SIZE])
+def test_a_budget_never_outgrows_its_room(announced, keep):
     layer = conv_layer(pack=True)
     layer.set_sparsity(weight_sparsity=0.9, activation_sparsity=0.9, dynamic_budget=True)
     layer.measure = True
-    held(layer.weight_budget)[...] = jnp.int32(K_SIZE // 2)
+    held(layer.weight_budget)[...] = jnp.int32(keep)
     x = jax.random.normal(jax.random.key(0), X_SHAPE)
-    lacking = x.size // 2 - layer.activation_capacity(x.size)
-    assert lacking > 0
     layer(branch(x, readers=[layer]).readers[0] if announced else x)
     (measured,) = jax.tree.leaves(nnx.state(layer, MeasuredSparsity))
-    assert measured[2] == lacking
+    kept = -(-keep * x.size // K_SIZE)
+    np.testing.assert_allclose(measured[1:], [1 - kept / x.size, 0], atol=1e-6)
 
 
 # ---------- Refusals ----------

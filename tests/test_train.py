@@ -117,3 +117,11 @@ def test_the_best_checkpoint_may_be_of_other_devices(tmp_path, fake_devices):
     assert result["pruned_test_accuracy"] == saved["metrics"]["test_accuracy"]
     thresholds = {k: v for k, v in final_arrays(tmp_path).items() if "activation_threshold'" in k}
     assert {v.shape for v in thresholds.values()} == {(2,)}, "of the newest checkpoint"
+
+
+def test_values_that_found_no_room_are_told_with_the_scores():
+    names = ("test_accuracy", "weight_sparsity", "activation_sparsity", "training_flop_reduction")
+    scores = dict.fromkeys(names, 0.5)
+    assert "no room" not in train._epoch_line(3, {**scores, "dropped_activations": 0.0})
+    line = train._epoch_line(3, {**scores, "dropped_activations": 12.0})
+    assert line.endswith("  12 values to be saved found no room")
