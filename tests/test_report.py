@@ -59,10 +59,10 @@ def test_every_row_of_the_table_is_there_run_or_not(results, tmp_path):
     )
     page = (tmp_path / "page.md").read_text()
     assert row_of(page, "vgg16", "u90") == [
-        *("vgg16", "u90", "91.95", "92.50 +- 0.71", "+0.55", "89.8 %", "89.0 %", "89.7 %"),
+        *("vgg16", "u90", "91.95", "92.50 +- 0.71", "+0.55", "", "89.8 %", "89.0 %", "89.7 %"),
         *("75", "51,234", "2"),
     ]
-    assert row_of(page, "vgg16", "m95")[8:] == ["38", "102,469", "1"]
+    assert row_of(page, "vgg16", "m95")[9:] == ["38", "102,469", "1"]
     assert row_of(page, "vgg16", "erk95")[3:5] == ["91.99", "-0.51 (missed)"]
     assert row_of(page, "vgg16", "dense")[2:5] == ["", "92.00", ""]
     for network, methods in report.PAPER.items():
@@ -92,6 +92,18 @@ def test_other_settings_are_no_row(results, tmp_path):
     page = (tmp_path / "page.md").read_text()
     assert row_of(page, "vgg16", "u90")[3] == "92.00"
     assert "| vgg16 | u90 | `sparsity.threshold_every_steps=1` | 95.00 | 51,234 |" in page
+
+
+def test_the_improved_recipe_has_a_column(results, tmp_path):
+    better = {"label": "improved", "settings": ["label_smoothing=0.1"]}
+    report.write(
+        results(run(), run(accuracy=0.94, **better), run("m95", accuracy=0.95, **better)),
+        tmp_path / "page.md",
+    )
+    page = (tmp_path / "page.md").read_text()
+    assert row_of(page, "vgg16", "u90")[3:6] == ["92.00", "+0.05", "94.00"]
+    assert row_of(page, "vgg16", "m95")[3:7] == ["not run", "", "95.00", ""]
+    assert "| vgg16 | u90 | `label_smoothing=0.1` | 94.00 | 51,234 |" in page
 
 
 def test_without_runs_nothing_is_claimed(results, tmp_path):
