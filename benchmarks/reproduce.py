@@ -12,7 +12,7 @@ also on another machine: `--pack` writes all that is needed for that into a few 
 takes it from there.
 
 Every run that ends leaves a JSON file in `--output`, of which `python -m swat_jax.report` makes
-tables and pictures, and a sparse one its weights in `RUNS/weights` (see `pruned_weights.py`).
+tables and pictures, and a sparse one its weights in `RUNS/weights` (see `swat_jax.export`).
 Exit code: 0 all rows are done, 1 a row failed, 3 time was up before all were done.
 """
 
@@ -39,11 +39,10 @@ import parts
 from swat_jax.checkpoint import complete_steps
 from swat_jax.files import replace_text
 
-HERE = pathlib.Path(__file__).parent
 # What a run that is told to end is given to do so.
 GRACE_SECONDS = 15.0
 # Of result.json: what is not said of the run as a whole.
-NOT_KEPT = ("num_classes", "image_shape")
+NOT_KEPT = ("num_classes", "image_shape", "class_names")
 
 
 class Row(NamedTuple):
@@ -221,9 +220,10 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
     }
     found["config"]["data"]["data_dir"] = pathlib.Path(options.data).name
     if row.method != "dense" and options.weights:
-        weights = options.runs / "weights" / f"{row.name}.npz"
+        weights = options.runs / "weights" / f"{row.name}.safetensors"
         weights.parent.mkdir(exist_ok=True)
-        keep = [sys.executable, str(HERE / "pruned_weights.py"), str(folder), str(weights)]
+        keep = [sys.executable, "-m", "swat_jax.export", str(folder), str(weights)]
+        keep += ["--most_mib", str(parts.MOST_BYTES / 2**20)]
         # Other rows have the GPU.
         environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
         told = subprocess.run(keep, env=environment, capture_output=True, text=True, check=False)

@@ -5,14 +5,19 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
+    """The same as `replace_bytes`, of text in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
     """Writes beside the file, then renames: a reader sees the old one, if any, or the new one.
 
     Raises:
       OSError: it cannot be written; what was there stays.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with beside.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)

@@ -113,9 +113,12 @@ def collection(model: nnx.Module, kind: type[nnx.Variable[Any]]) -> Tree:
 
 
 def lookup(tree: Tree, path: str) -> Any:
-    """The node of a nested dict at a path such as ``stage1/0/conv1``, or None."""
+    """The node of a nested dict at a path such as ``stage1/0/conv1``, or None.
+
+    The path of a layer that is the whole model is empty, so one may start with a slash.
+    """
     node: Any = tree
-    for part in path.split("/"):
+    for part in filter(None, path.split("/")):
         if part not in node:
             return None
         node = node[part]
@@ -124,5 +127,5 @@ def lookup(tree: Tree, path: str) -> Any:
 
 def replace(tree: Tree, path: str, value: Any) -> Tree:
     """A copy of a nested dict with another value at a path; what is beside it is shared."""
-    first, _, rest = path.partition("/")
+    first, _, rest = path.lstrip("/").partition("/")
     return {**tree, first: replace(tree[first], rest, value) if rest else value}

@@ -377,6 +377,7 @@ def _final(
         "method": method.label(config.sparsity),
         "seed": config.seed,
         "num_classes": info.num_classes,
+        "class_names": list(info.class_names),
         "image_shape": list(info.image_shape),
         "layers": measured.layers,
         "device": f"{trainer.mesh.size} x {device.device_kind} ({device.platform})",

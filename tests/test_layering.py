@@ -16,7 +16,17 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 # From the bottom to the top; a folder stands for all that is in it.
 LEVELS = (
     {"errors", "files"},
-    {"sparsity", "method", "recipe", "optimizer", "checkpoint", "metrics", "data", "native"},
+    {
+        "sparse_file",
+        "sparsity",
+        "method",
+        "recipe",
+        "optimizer",
+        "checkpoint",
+        "metrics",
+        "data",
+        "native",
+    },
     {"batch_norm", "max_pool", "dropout_bits", "convolution", "activations"},
     {"kernels", "config_file"},
     {"functional", "self_test"},
@@ -32,8 +42,8 @@ LEVELS = (
     {"step"},
     {"feed"},
     {"train"},
-    {"main", "info", "report_figures"},
-    {"report"},
+    {"main", "info", "report_figures", "export"},
+    {"report", "evaluate", "predict"},
 )
 HEIGHT = {unit: height for height, units in enumerate(LEVELS) for unit in units}
 

@@ -10,6 +10,8 @@ import sys
 import numpy as np
 import pytest
 
+from swat_jax import export, sparse_file
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "reproduce.py"
 NAME = "cifar10_resnet18_u90_small_seed3"
@@ -82,7 +84,7 @@ def test_a_row_is_cut_off_moved_and_finished(tmp_path, images, load):
     assert (again.returncode, again.stdout.count("\n")) == (0, 1)  # the one part, and no row
     # Of a run that is done, only figures and weights travel.
     assert sum(path.stat().st_size for path in parts.iterdir()) < 2**20
-    check_weights(there, found, load("pruned_weights"))
+    check_weights(there, found)
 
     (there / "results" / f"{NAME}.json").unlink()
     other = reproduce(there, *rows, "log.every_steps=3")
@@ -125,20 +127,17 @@ def test_a_row_sees_its_device_only(tmp_path, load, monkeypatch):
         assert one.last_lines() == expected
 
 
-def check_weights(place, found, pruned_weights):
-    weights = pruned_weights.restore(place / "runs" / "weights" / f"{NAME}.npz")
-    arrays, sparse = pruned_weights.load(place / "runs" / NAME)
-    assert weights.keys() == arrays.keys()
+def check_weights(place, found):
+    held = sparse_file.read(place / "runs" / "weights" / f"{NAME}.safetensors")
+    arrays, sparse, _ = export.of_run(place / "runs" / NAME)
+    assert held.arrays.keys() == arrays.keys()
     for path, array in arrays.items():
-        np.testing.assert_array_equal(weights[path], array)
+        np.testing.assert_array_equal(held.arrays[path], array)
     zeros = sum(np.count_nonzero(arrays[path] == 0) for path in sparse)
     size = sum(arrays[path].size for path in arrays if path.endswith("/kernel"))
     assert zeros / size == pytest.approx(found["weight_sparsity"], abs=1e-6)
-    narrow = pruned_weights.compact(arrays, sparse, narrow=True)
-    file = place / "narrow.npz"
-    np.savez_compressed(file, **narrow)
-    for path, array in pruned_weights.restore(file).items():
-        np.testing.assert_allclose(array, arrays[path], rtol=2**-8 if path in sparse else 0)
+    assert held.sparse == sparse
+    assert held.facts["method"] == "u90"
 
 
 def test_a_row_that_fails_is_told_with_what_it_said(tmp_path, images):

@@ -1,0 +1,100 @@
+r"""Says what is on images, by the weights of a sparse file.
+
+    python -m swat_jax.predict --weights pruned.safetensors cat.jpg dog.png
+    python -m swat_jax.predict --weights pruned.safetensors --json *.png
+
+The file knows its network, the size and the colours that images are brought to, and the names of
+the classes. An image's shorter side is resized, and its centre cut out, as for the scores of a run.
+
+Exit code: 0 done, 2 the command, the file or an image is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from swat_jax import build, export, sparse_file, step
+from swat_jax.data import decode, on_device
+from swat_jax.errors import UsageError
+
+MOST_TOLD = 5
+
+
+def predict(weights: Path, images: Sequence[Path]) -> list[list[tuple[str, float]]]:
+    """The likeliest classes of every image, each with its probability, the likeliest first.
+
+    Args:
+      weights: a file of `python -m swat_jax.export`.
+      images: files in any format that OpenCV reads.
+
+    Raises:
+      UsageError: a file that cannot be read, or that does not say of which network it is.
+    """
+    found = sparse_file.read(weights)
+    try:
+        plain = found.facts["config"]
+        info = export.info_of(plain, found.facts)
+        config: Any = ConfigDict(plain)
+        trainer, make_state = step.make_trainer(config, info, step.make_mesh(1))
+        margin = config.data.augmentation == "random_resized_crop"
+        size, _, channels = info.image_shape
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{weights} does not say of which network it is ({error!r})") from error
+    trees = export.trees_of(weights, found.arrays, make_state)
+    model = trainer.dense.model(trees)
+    model.eval()
+    pixels = [
+        decode.center_crop(_bytes(path), size, channels, str(path), margin=margin)
+        for path in images
+    ]
+    dtype = build.PRECISIONS[config.precision]
+    inputs = on_device.normalize(jnp.asarray(np.stack(pixels)), info.mean, info.std, dtype)
+    probabilities = np.asarray(jax.nn.softmax(model(inputs).astype(jnp.float32)))
+    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :MOST_TOLD]
+    return [
+        [(info.class_names[label], float(row[label])) for label in labels]
+        for row, labels in zip(probabilities, order, strict=True)
+    ]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m swat_jax.predict", description="What is on images."
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--weights", type=Path, required=True, help="a sparse file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    try:
+        found = predict(options.weights, options.images)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(dict(zip(map(str, options.images), found, strict=True))))
+        return 0
+    for path, classes in zip(options.images, found, strict=True):
+        print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in classes)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

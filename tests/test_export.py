@@ -1,0 +1,226 @@
+"""Sparse networks to take home: from models and runs, into models, to scores and predictions."""
+
+import functools
+import json
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from swat_jax import SwatConv, evaluate, export, network, predict, sparse_file, train
+from swat_jax.errors import UsageError
+from swat_jax.layers import SwatLinear, WeightBudget
+from tests.runs import digits
+
+
+class Net(nnx.Module):
+    """A list, a nested module, batch norm and dropout; layers of any make."""
+
+    def __init__(self, conv, linear, *, rngs):
+        self.convs = nnx.List([conv(3, 8, (3, 3), rngs=rngs), conv(8, 8, (3, 3), rngs=rngs)])
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.head = linear(8, 5, rngs=rngs)
+
+    def __call__(self, x):
+        for conv in self.convs:
+            x = nnx.relu(self.norm(conv(x)))
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+def swat(seed=0, **options):
+    options = {"weight_sparsity": 0.75, **options}
+    model = Net(
+        functools.partial(SwatConv, **options),
+        functools.partial(SwatLinear, **options),
+        rngs=nnx.Rngs(seed),
+    )
+    model.norm.mean[...] = jnp.linspace(-1, 1, 8)
+    return model
+
+
+def stock(seed=1):
+    return Net(nnx.Conv, nnx.Linear, rngs=nnx.Rngs(seed))
+
+
+X = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+
+
+@pytest.mark.parametrize("granularity", ["unstructured", "channel"])
+def test_a_file_computes_what_the_model_computes_in_stock_and_in_swat_layers(tmp_path, granularity):
+    model, path = swat(), tmp_path / "net.safetensors"
+    if granularity != "unstructured":
+        model.convs[0].granularity = granularity
+    model.eval()
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    export.save(path, model)
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(model)))
+    expected = model(X)
+    for other in (stock(), swat(seed=2)):
+        other.eval()
+        assert not np.allclose(other(X), expected)
+        export.load_into(path, other)
+        np.testing.assert_array_equal(other(X), expected)
+    tree = export.load(path)
+    kernel = tree["params"]["convs"]["1"]["kernel"]
+    assert np.count_nonzero(kernel) == kernel.size // 4
+    np.testing.assert_array_equal(tree["batch_stats"]["norm"]["mean"], model.norm.mean[...])
+    held = sparse_file.read(path)
+    assert held.sparse == {f"params/{name}/kernel" for name in ("convs/0", "convs/1", "head")}
+
+
+def test_weights_keep_the_type_of_the_model(tmp_path):
+    path = tmp_path / "net.safetensors"
+    export.save(path, swat(), values="bfloat16")
+    model = stock()
+    model.head.kernel = nnx.Param(model.head.kernel[...].astype(jnp.float16))
+    export.load_into(path, model)
+    assert model.head.kernel[...].dtype == jnp.float16
+    assert model.convs[0].kernel[...].dtype == jnp.float32
+
+
+def test_a_layer_alone_and_a_model_without_sparse_layers(tmp_path):
+    path = tmp_path / "one.safetensors"
+    layer = SwatConv(3, 4, (3, 3), weight_sparsity=0.5, rngs=nnx.Rngs(0))
+    export.save(path, layer)
+    assert np.count_nonzero(export.load(path)["params"]["kernel"]) == 54
+    model = stock()
+    export.save(path, model)
+    assert sparse_file.read(path).sparse == set()
+    other = stock(seed=5)
+    export.load_into(path, other)
+    np.testing.assert_array_equal(other(X), model(X))
+
+
+def test_a_budget_becomes_that_of_the_file(tmp_path):
+    path = tmp_path / "one.safetensors"
+    sparse = {"weight_sparsity": 0.9, "activation_sparsity": 0.9, "dynamic_budget": True}
+    layers = [SwatConv(3, 4, (3, 3), rngs=nnx.Rngs(seed)) for seed in range(2)]
+    for layer in layers:
+        layer.set_sparsity(**sparse)
+    layers[0].weight_budget = nnx.data(WeightBudget(jnp.int32(40)))
+    export.save(path, layers[0])
+    export.load_into(path, layers[1])
+    budgets = network.collection(layers[1], WeightBudget)
+    assert int(budgets["weight_budget"]) == 40
+
+
+def test_a_file_of_another_network_changes_nothing(tmp_path):
+    path = tmp_path / "net.safetensors"
+    export.save(path, swat())
+    model = stock()
+    model.extra = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model)))
+    with pytest.raises(UsageError, match="it lacks params/extra/bias, params/extra/kernel"):
+        export.load_into(path, model)
+    del model.extra
+    model.head = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    with pytest.raises(UsageError, match=r"head/bias has the shape \(5,\), and \(6,\) in"):
+        export.load_into(path, model)
+    del model.head
+    with pytest.raises(UsageError, match="it has, and the network has not, params/head/bias"):
+        export.load_into(path, model)
+    after = nnx.to_pure_dict(nnx.state(model))
+    jax.tree.map(np.testing.assert_array_equal, {k: before[k] for k in after}, after)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    config = digits(max_steps=66)  # the program is that of other tests
+    result = train.train_and_evaluate(config, folder / "run")
+    assert export.main([str(folder / "run"), str(folder / "pruned.safetensors")]) == 0
+    return folder, config, result
+
+
+FLAGS = ["--config=configs/digits.py:u90", "--config.devices=1"]
+
+
+def test_a_run_scores_the_same_from_its_file(run, capsys):
+    folder, config, result = run
+    weights = folder / "pruned.safetensors"
+    found = evaluate.evaluate(weights, config)
+    assert found["accuracy"] == result["pruned_test_accuracy"]
+    assert found["top5_accuracy"] == result["pruned_test_top5_accuracy"]
+    assert evaluate.main(["evaluate", f"--weights={weights}", "--json", *FLAGS]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == result["pruned_test_accuracy"]
+    facts = sparse_file.read(weights).facts
+    assert facts["pruned_test_accuracy"] == result["pruned_test_accuracy"]
+    assert facts["config"] == json.loads((folder / "run" / "config.json").read_text())
+    # A bit for each weight, four bytes for each tenth, and the first conv and the rest whole.
+    assert weights.stat().st_size < 0.25 * 4 * 172_824
+
+
+def test_values_are_rounded_where_the_file_would_be_too_large(run, capsys):
+    folder, config, result = run
+    whole = (folder / "pruned.safetensors").stat().st_size
+    for most, expected in ((whole / 2**20 + 1, ""), (whole / 2**20 - 0.001, ", bfloat16")):
+        small = folder / "small.safetensors"
+        assert export.main([str(folder / "run"), str(small), f"--most_mib={most}"]) == 0
+        assert capsys.readouterr().out.endswith(f"MiB{expected}\n")
+        assert (small.stat().st_size < whole) == bool(expected)
+    assert evaluate.evaluate(small, config)["accuracy"] == pytest.approx(
+        result["pruned_test_accuracy"], abs=0.02
+    )
+
+
+def test_predictions_are_those_of_the_network(run, tmp_path, capsys):
+    from sklearn.datasets import load_digits
+
+    folder, _, result = run
+    data = load_digits()
+    paths = []
+    for number in range(40):
+        paths.append(tmp_path / f"{number}.png")
+        cv2.imwrite(str(paths[-1]), np.round(data.images[number] * 255 / 16).astype(np.uint8))
+    weights = str(folder / "pruned.safetensors")
+    found = predict.predict(folder / "pruned.safetensors", paths)
+    hits = np.mean([one[0][0] == str(data.target[n]) for n, one in enumerate(found)])
+    assert hits >= result["pruned_test_accuracy"] - 0.15
+    for one in found:
+        shares = [share for _, share in one]
+        assert len(one) == 5
+        assert shares == sorted(shares, reverse=True)
+        assert 0 < sum(shares) <= 1.0001
+    assert predict.main(["--weights", weights, *map(str, paths[:2])]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in out] == [str(path) for path in paths[:2]]
+    assert out[0].split(": ")[1].startswith(f"{found[0][0][0]} {found[0][0][1]:.1%}, ")
+    assert predict.main(["--weights", weights, "--json", str(paths[0])]) == 0
+    assert json.loads(capsys.readouterr().out)[str(paths[0])][0][0] == found[0][0][0]
+
+
+def test_what_is_asked_for_must_be_there(run, tmp_path, capsys):
+    folder, _, _ = run
+    weights = str(folder / "pruned.safetensors")
+    (tmp_path / "no_image.png").write_bytes(b"text")
+    export.save(tmp_path / "other.safetensors", stock())
+    other = f"--weights={tmp_path / 'other.safetensors'}"
+    for call, told in (
+        (lambda: export.main([str(tmp_path), "out"]), "must be the workdir of a run that is done"),
+        (lambda: evaluate.main(["e", *FLAGS]), "--weights is missing"),
+        (lambda: evaluate.main(["e", f"--weights={weights}"]), "--config is missing"),
+        (lambda: evaluate.main(["e", other, *FLAGS]), "is of another network: it lacks"),
+        (lambda: predict.main([other, "x.png"]), "does not say of which network it is"),
+        (lambda: predict.main(["--weights", weights, str(tmp_path / "x.png")]), "cannot be read"),
+        (
+            lambda: predict.main(["--weights", weights, str(tmp_path / "no_image.png")]),
+            "cannot be decoded",
+        ),
+    ):
+        assert call() == 2
+        error = capsys.readouterr().err
+        assert told in error
+        assert error.count("\n") == 1
+
+
+def test_a_run_whose_scores_are_of_another_checkpoint_is_refused(run, tmp_path):
+    folder, _, _ = run
+    plain = json.loads((folder / "run" / "config.json").read_text())
+    plain["checkpoint"]["select"] = "best_holdout"
+    (tmp_path / "config.json").write_text(json.dumps(plain))
+    (tmp_path / "result.json").write_bytes((folder / "run" / "result.json").read_bytes())
+    with pytest.raises(UsageError, match="not those of the last checkpoint"):
+        export.of_run(tmp_path)
