@@ -11,6 +11,9 @@ Rows that are done are not run again, and one that was cut off goes on from its 
 also on another machine: `--pack` writes all that is needed for that into a few files, `--unpack`
 takes it from there.
 
+A row's `gpu_seconds` are all the time from the start of its processes to their end, imports and
+compilation included; of a GPU that several rows share at that moment, each has its part.
+
 Every run that ends leaves a JSON file in `--output`, of which `python -m swat_jax.report` makes
 tables and pictures, and a sparse one its weights in `RUNS/weights` (see `swat_jax.export`).
 Exit code: 0 all rows are done, 1 a row failed, 3 time was up before all were done.
@@ -84,8 +87,10 @@ class Running:
     def __init__(self, row: Row, device: str | None, options: argparse.Namespace) -> None:
         self.row, self.device = row, device
         self.started = time.monotonic()
+        self.counted = self.started
         self.log = options.runs / f"{row.name}.log"
         check_settings(row, options)
+        self._options = options
         # The child holds the lock too, so that it outlives this process with it.
         self._lock = (options.runs / f"{row.name}.lock").open("w")
         try:
@@ -107,6 +112,12 @@ class Running:
                 pass_fds=[self._lock.fileno()],
             )
 
+    def count(self, now: float, sharing: int) -> None:
+        """Adds the time since it was last counted, of which so many rows on its GPU had a part."""
+        part = (now - self.counted) / sharing
+        self.counted = now
+        add_gpu_seconds(self._options.runs, self.row, part)
+
     def end(self) -> None:
         """After the process has ended."""
         self._lock.close()
@@ -114,6 +125,18 @@ class Running:
     def last_lines(self) -> str:
         """What it said last."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
+
+
+def gpu_seconds(runs: pathlib.Path, row: Row) -> float | None:
+    """What a row has had of a GPU so far, in all its starts; None where it was not counted."""
+    file = runs / f"{row.name}.gpu_seconds"
+    return float(file.read_text()) if file.exists() else None
+
+
+def add_gpu_seconds(runs: pathlib.Path, row: Row, seconds: float) -> None:
+    """Counts seconds of a GPU to a row."""
+    total = (gpu_seconds(runs, row) or 0.0) + seconds
+    replace_text(runs / f"{row.name}.gpu_seconds", f"{total:.3f}\n")
 
 
 class RowError(Exception):
@@ -163,6 +186,9 @@ def run_all(rows: Sequence[Row], options: argparse.Namespace) -> int:
                 except RowError as error:
                     failed += 1
                     print(f"{row.name}: failed: {error}", flush=True)
+            now, used = time.monotonic(), [one.device for one in running]
+            for one in running:
+                one.count(now, used.count(one.device))
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 one.end()
@@ -213,7 +239,7 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "label": row.label,
         "settings": options.set,
-        "at_once": -(-options.jobs // max(len(options.devices), 1)),  # on one GPU
+        "gpu_seconds": gpu_seconds(options.runs, row),
         **{key: value for key, value in result.items() if key not in NOT_KEPT},
         "epochs": by_epoch(lines),
         "config": config,

@@ -4,9 +4,9 @@
         --at_once 1 2 4 --output docs/results/several_runs_h200.json
 
 A small network leaves a large GPU idle between its kernels. What counts is the images per second
-of all runs together, on synthetic images that lie on the device, with augmentation and as many
-steps per dispatch as in training. All processes are compiled before the first is timed, and all of
-a row work during the whole time that is measured.
+of all runs together, on synthetic images that lie on the device, with augmentation and a hundred
+steps per dispatch. All processes are compiled before the first is timed. Of a row those steps
+count that end while all of its processes work.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 WAYS = ("processes", "vmap")
@@ -38,60 +40,77 @@ def run_one(network: str, method: str, count: int) -> None:
     import jax.numpy as jnp
     import training_step
 
-    several = [
-        training_step.make(*network_and_method(network, method), settings={"seed": seed})
-        for seed in range(count)
-    ]
-    first = several[0]
+    from swat_jax import step
+
+    name, batch = network.split(":")
+    first = training_step.make(name, method, int(batch))
     if not isinstance(first, training_step.ResidentSteps):
         sys.exit(f"--network {network}: only small batches of CIFAR are trained on resident data")
-    steps = first.steps
-
-    def train(state: Any, images: Any, labels: Any, order: Any) -> tuple[Any, Any]:
-        return first.trainer.train_steps(state, images, labels, order, steps)
-
     arguments = (*first.batches[0], first.order)
-    state, compiled = first.state, first.compiled
+    state, compiled, first.state = first.state, first.compiled, None
     if count > 1:
-        # What all have in common has no axis of its own, so that branches on it stay branches.
-        common = ("step", "stale")
-        states = [one.state for one in several]
-        state = {
-            key: states[0][key]
-            if key in common
-            else jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one[key] for one in states])
-            for key in states[0]
-        }
-        axes = {key: None if key in common else 0 for key in state}
-        batched = jax.vmap(train, in_axes=(axes, None, None, None), out_axes=(axes, 0))
+        states = [state]
+        for seed in range(1, count):
+            config = first.config.copy_and_resolve_references()
+            config.seed = seed
+            states.append(step.make_trainer(config, first.info, first.trainer.mesh)[1]())
+        state, batched = together(first.trainer, states, first.steps)
         compiled = jax.jit(batched, donate_argnums=0).lower(state, *arguments).compile()
-    for one in several:
-        one.state = None
 
-    def work(seconds: float) -> tuple[int, float]:
+    def work(seconds: float) -> list[float]:
+        """When it began, and when each dispatch ended, on the clock of all processes."""
         nonlocal state
-        done, start = 0, time.perf_counter()
-        while not done or time.perf_counter() - start < seconds:
+        ends = [time.monotonic()]
+        while len(ends) < 3 or ends[-1] - ends[0] < seconds:
             state, metrics = compiled({**state, "step": jnp.zeros_like(state["step"])}, *arguments)
             jax.block_until_ready(metrics)
-            done += steps
-        return done, time.perf_counter() - start
+            ends.append(time.monotonic())
+        return ends
 
     work(0)
     facts = {
         "device": jax.devices()[0].device_kind,
+        "steps_per_dispatch": first.steps,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
     }
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
-        done, seconds = work(float(line))
-        print(json.dumps({"steps": done, "seconds": seconds}), flush=True)
+        print(json.dumps({"ends": work(float(line))}), flush=True)
 
 
-def network_and_method(network: str, method: str) -> tuple[str, str, int]:
-    """Arguments of `training_step.make`."""
-    name, batch = network.split(":")
-    return name, method, int(batch)
+def together(trainer: Any, states: list[Any], steps: int) -> tuple[Any, Callable[..., Any]]:
+    """The states of several seeds as one, and the function that trains them all.
+
+    Args:
+      trainer: of a config; seeds differ in their states alone.
+      states: one of each seed, all at the same step.
+      steps: to train at once.
+
+    Returns:
+      The state, and ``(state, images, labels, order) -> (state, metrics)``, metrics (seeds, steps).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    # What all have in common has no axis of its own, so that branches on it stay branches.
+    common = ("step", "stale")
+    stacked = {
+        key: states[0][key]
+        if key in common
+        else jax.tree.map(lambda *leaves: jnp.stack(leaves), *[one[key] for one in states])
+        for key in states[0]
+    }
+    axes = {key: None if key in common else 0 for key in stacked}
+
+    def train(state: Any, images: Any, labels: Any, order: Any) -> tuple[Any, Any]:
+        return trainer.train_steps(state, images, labels, order, steps)
+
+    return stacked, jax.vmap(train, in_axes=(axes, None, None, None), out_axes=(axes, 0))
+
+
+def mps_folder() -> pathlib.Path:
+    """Where NVIDIA's MPS has its pipes while it runs."""
+    return pathlib.Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
 
 
 def start(options: argparse.Namespace, count: int) -> subprocess.Popen[str]:
@@ -113,17 +132,36 @@ def answer(process: subprocess.Popen[str]) -> dict[str, Any]:
     sys.exit(f"a run ended with code {process.wait()}, see above")
 
 
-def measure(row: Row, processes: list[subprocess.Popen[str]], options: Any) -> dict[str, Any]:
-    """Images per second of all runs of a row together."""
+def measure(
+    row: Row, processes: list[subprocess.Popen[str]], steps: int, options: Any
+) -> dict[str, Any]:
+    """Images per second of all runs of a row together, of ``steps`` in each dispatch."""
     for process in processes:
         assert process.stdin is not None
         process.stdin.write(f"{options.seconds}\n")
         process.stdin.flush()
-    found = [answer(process) for process in processes]
+    found = [answer(process)["ends"] for process in processes]
     batch = int(options.network.split(":")[1])
     seeds = row.at_once if row.way == "vmap" else 1
-    total = sum(one["steps"] * batch * seeds / one["seconds"] for one in found)
-    return {"way": row.way, "at_once": row.at_once, "images_per_second": total}
+    rate = dispatches_per_second(found) * steps * batch * seeds
+    return {"way": row.way, "at_once": row.at_once, "images_per_second": rate}
+
+
+def dispatches_per_second(found: Sequence[Sequence[float]]) -> float:
+    """Of all processes together, while all of them worked.
+
+    Args:
+      found: of each process when it began, and when each of its dispatches ended.
+    """
+    begin, end = max(ends[0] for ends in found), min(ends[-1] for ends in found)
+    if begin >= end:
+        sys.exit("the processes did not work at the same time: give more --seconds")
+    total = 0.0
+    for ends in found:
+        for start, stop in itertools.pairwise(ends):
+            # Of one that was under way at either end, the part that lies between.
+            total += max(0.0, min(stop, end) - max(start, begin)) / (stop - start)
+    return total / (end - begin)
 
 
 def main() -> None:
@@ -140,18 +178,20 @@ def main() -> None:
         run_one(options.network, options.method, options.one)
         return
     most = max(options.at_once) if "processes" in options.ways else 1
-    alone = [start(options, 1) for _ in range(most)]
     counts = [count for count in options.at_once if count > 1] if "vmap" in options.ways else []
-    together = {count: start(options, count) for count in counts}
-    members = [*alone, *together.values()]
+    members: list[subprocess.Popen[str]] = []
     try:
+        for count in (*[1] * most, *counts):
+            members.append(start(options, count))
+        alone, seeds = members[:most], dict(zip(counts, members[most:], strict=True))
         compiled = [answer(process) for process in members]
+        steps = compiled[0]["steps_per_dispatch"]
         rows = []
         for count in options.at_once:
             if "processes" in options.ways or count == 1:
-                rows.append(measure(Row("processes", count), alone[:count], options))
-            if count in together:
-                rows.append(measure(Row("vmap", count), [together[count]], options))
+                rows.append(measure(Row("processes", count), alone[:count], steps, options))
+            if count in seeds:
+                rows.append(measure(Row("vmap", count), [seeds[count]], steps, options))
     finally:
         for process in members:
             process.kill()
@@ -161,7 +201,7 @@ def main() -> None:
         **compiled[0],
         "network": options.network,
         "method": options.method,
-        "mps": "CUDA_MPS_PIPE_DIRECTORY" in os.environ,
+        "mps": (mps_folder() / "control").exists(),
         "rows": rows,
     }
     if options.output:

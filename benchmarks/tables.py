@@ -1,4 +1,4 @@
-r"""The tables in README.md, from the figures in docs/results.
+"""The tables in README.md, from the figures in docs/results.
 
 python benchmarks/tables.py            # writes them into README.md
 python benchmarks/tables.py --check    # only says whether README.md is up to date
@@ -6,12 +6,11 @@ python benchmarks/tables.py --check    # only says whether README.md is up to da
 
 import argparse
 import pathlib
-import statistics
 import sys
 
 import performance
 
-from swat_jax import report
+from swat_jax import report, report_figures
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- benchmarks/tables.py writes {} -->\n", "<!-- until here -->\n"
@@ -42,7 +41,7 @@ def cifar10() -> list[str]:
     for network, methods in report.PAPER.items():
         for method, paper in methods.items():
             if runs := rows.get((network, method), ()):
-                saved = statistics.fmean(run["training_flop_reduction"] for run in runs)
+                saved = report_figures.flops_saved(runs)
                 told = "" if paper is None else f"{paper:.2f}"
                 _, here = report.accuracy(runs)
                 cells = (NETWORKS[network], f"`{method}`", told, here, f"{saved:.0f} %")

@@ -100,6 +100,8 @@ def swat(
 ) -> list[Kept]:
     """What the network of a config keeps with packed activations, whether it packs here or not.
 
+    Under momentum activations are packed only where the config says so (see `swat_jax.build`).
+
     Args:
       config: see `dense`; its method is a sparse one.
       num_classes: see `dense`.
@@ -117,7 +119,8 @@ def swat(
                 "what is kept"
             )
     packed = copy.deepcopy(config)
-    packed.sparsity.pack = packed.model.fused_batch_norm = True
+    packed.model.fused_batch_norm = True
+    packed.sparsity.pack = bool(packed.sparsity.pack) or packed.sparsity.distribution != "momentum"
     return _trace_config(build.build, packed, num_classes, image_shape, batch_size)
 
 

@@ -35,9 +35,10 @@ PAPER: dict[str, dict[str, float | None]] = {
 }  # fmt: skip
 # What the file of a run must hold.
 KEYS = (
-    *("network", "method", "seed", "label", "settings", "at_once", "pruned_test_accuracy"),
-    *("weight_sparsity", "activation_sparsity", "training_flop_reduction", "seconds"),
-    *("images_per_second", "device", "versions", "steps", "config", "epochs", "layers"),
+    *("network", "method", "seed", "label", "settings", "gpu_seconds", "pruned_test_accuracy"),
+    *("weight_sparsity", "activation_sparsity", "training_flop_reduction", "device", "versions"),
+    *("planned_training_flop_reduction", "dropped_activations", "steps", "config", "epochs"),
+    "layers",
 )
 # How far below the paper's figure a row may be, in points.
 TOLERANCE = 0.5
@@ -79,7 +80,7 @@ def table(rows: Runs, improved: Runs) -> list[str]:
     """Every row of the paper's table beside what came out."""
     heads = (
         *("network", "method", "paper", "here", "difference", IMPROVED, "zeros in weights"),
-        *("in saved activations", "FLOPs saved", "GPU seconds", "images per GPU second", "seeds"),
+        *("in saved activations", "FLOPs saved", "GPU seconds", "seeds"),
     )
     lines = [line(heads), "|---|---|" + "---:|" * (len(heads) - 2)]
     for network, methods in PAPER.items():
@@ -96,16 +97,11 @@ def table(rows: Runs, improved: Runs) -> list[str]:
             cells = [network, method, told, here]
             cells.append("" if paper is None else f"{mean - paper:+.2f}{verdict(mean, paper)}")
             cells.append(beside)
-            for key, scale, form in (
-                ("weight_sparsity", 100, "{:.1f} %"),
-                ("activation_sparsity", 100, "{:.1f} %"),
-                ("training_flop_reduction", 1, "{:.1f} %"),
-            ):
-                cells.append(form.format(scale * statistics.fmean(run[key] for run in runs)))
-            # Of runs that share a GPU each has its part of it.
-            seconds = statistics.fmean(run["seconds"] / run["at_once"] for run in runs)
-            rate = statistics.fmean(run["images_per_second"] * run["at_once"] for run in runs)
-            cells += [f"{seconds:.0f}", f"{rate:,.0f}"]
+            for key in ("weight_sparsity", "activation_sparsity"):
+                cells.append(f"{100 * statistics.fmean(run[key] for run in runs):.1f} %")
+            cells.append(f"{report_figures.flops_saved(runs):.1f} %")
+            seconds = [run["gpu_seconds"] for run in runs if run["gpu_seconds"] is not None]
+            cells.append(f"{statistics.fmean(seconds):.0f}" if seconds else "")
             lines.append(line([*cells, str(len(runs))]))
     return lines
 
@@ -117,15 +113,14 @@ def verdict(mean: float, paper: float) -> str:
 
 def others_table(others: Sequence[Run]) -> list[str]:
     """Runs with other settings than their row's, those by the improved recipe among them."""
-    lines = [line(("network", "method", "what differs", "top-1", "images/s")), "|---" * 5 + "|"]
+    lines = [line(("network", "method", "what differs", "top-1")), "|---" * 4 + "|"]
     groups: dict[tuple[str, ...], list[Run]] = collections.defaultdict(list)
     for run in others:
         settings = ", ".join(f"`{setting}`" for setting in run["settings"])
         groups[run["network"], run["method"], settings].append(run)
     for key, runs in sorted(groups.items()):
         _, here = accuracy(runs)
-        rate = statistics.fmean(run["images_per_second"] for run in runs)
-        lines.append(line((*key, here, f"{rate:,.0f}")))
+        lines.append(line((*key, here)))
     return lines
 
 
@@ -152,12 +147,24 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
         "",
         "Top-1 in percent after hard pruning: of the last checkpoint here, in the paper of the one",
         f"that was best on the test set. A row is missed where it is more than {TOLERANCE} points",
-        "below the paper's. The recipes are the paper's, in `configs/`. Seconds are those of a",
-        "whole run, data, compilation and evaluation included; where several runs shared a GPU,",
-        "divided by how many began together, which is a little less than their part of it.",
+        "below the paper's. The recipes are the paper's, in `configs/`, in the precision that is",
+        "named below. FLOPs are by the paper's convention, of the sparsity that was asked for; of",
+        "SWAT-M, where budgets move, as measured. GPU seconds are all the time that a run took,",
+        "from its start to its end; of a GPU that several ran on at once, each has an equal part.",
     ]
     if count:
-        lines += [f"{count} runs, on {', '.join(devices)}, jax {', '.join(versions)}."]
+        every = [run for runs in rows.values() for run in runs]
+        precisions = sorted({run["config"]["precision"] for run in every})
+        dropped = [run["dropped_activations"] for run in every]
+        known = [number for number in dropped if number is not None]
+        told = f"at most {max(known):.0f} of a batch" if known else "not known of any run"
+        if known and len(known) < len(dropped):
+            told += f", not known of {len(dropped) - len(known)} runs"
+        where = ", ".join([*devices, f"jax {', '.join(versions)}", *precisions])
+        lines += [
+            f"{count} runs, on {where}.",
+            f"Values to be saved that found no room: {told}.",
+        ]
     else:
         lines += ["No row has been run at full length yet."]
     improved = collections.defaultdict(list)

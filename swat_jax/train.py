@@ -478,7 +478,7 @@ def _epoch_line(epoch: int, scores: dict[str, float]) -> str:
         f"  zeros in weights {scores['weight_sparsity']:.1%}"
         f", in saved activations {scores['activation_sparsity']:.1%}"
         f"  training FLOPs saved so far {scores['training_flop_reduction']:.1f} %"
-        + (f"  {dropped:.0f} values to be saved found no room" if dropped else "")
+        + (f"  {math.ceil(dropped)} values to be saved found no room" if dropped else "")
     )
 
 

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from swat_jax import config_file, step
+from swat_jax.data import Info
 from swat_jax.models import vgg
 from swat_jax.models.densenet import DenseNet
 from swat_jax.models.layer_factory import LayerFactory
@@ -233,10 +235,11 @@ def test_backends_differ_by_no_more_than_seeds(load):
 
 CHILD = """
 import json, sys
-print(json.dumps({"device": "some", "versions": {}}), flush=True)
+print(json.dumps({"device": "some", "versions": {}, "steps_per_dispatch": 30}), flush=True)
 for line in sys.stdin:
     print("noise")
-    print(json.dumps({"steps": 30, "seconds": float(line)}), flush=True)
+    ends = [100 + n * float(line) / 4 for n in range(5)]
+    print(json.dumps({"ends": ends}), flush=True)
 """
 
 
@@ -255,11 +258,63 @@ def test_images_of_several_runs_are_added_up(load, monkeypatch, tmp_path, capsys
     script.main()
     assert started == [1, 1, 1, 3]  # three processes, and one of three seeds
     found = json.loads(output.read_text())
-    one = 30 * 16 / 2
+    one = 4 * 30 * 16 / 2
     assert [(row["way"], row["at_once"], row["images_per_second"]) for row in found["rows"]] == [
         ("processes", 1, one), ("processes", 3, 3 * one), ("vmap", 3, 3 * one)
     ]  # fmt: skip
     assert "some" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        ([[0, 1, 2, 3]], 1.0),
+        ([[0, 1, 2, 3], [0, 0.5, 1, 1.5, 2, 2.5, 3]], 3.0),
+        # From 1 to 3: two of the first, and half of the second's slow one, and one more.
+        ([[0, 1, 2, 3, 4], [1, 2, 3]], 2.0),
+        ([[0, 2, 4], [1, 3]], 1.0),
+    ],
+)
+def test_dispatches_count_while_all_work(load, found, expected):
+    assert load("several_runs").dispatches_per_second(found) == pytest.approx(expected)
+
+
+def test_dispatches_of_different_times_are_no_measurement(load):
+    with pytest.raises(SystemExit, match="did not work at the same time"):
+        load("several_runs").dispatches_per_second([[0, 1], [2, 3]])
+
+
+def test_seeds_that_train_together_train_as_each_alone(load):
+    config = config_file.load("configs/digits.py:u90")
+    config.batch_size = 8
+    info = Info(
+        name="", num_classes=10, image_shape=(8, 8, 1), num_train=32, num_holdout=0, num_test=1,
+        mean=(0.3,), std=(0.4,), class_names=tuple("0123456789"),
+    )  # fmt: skip
+    mesh = step.make_mesh(1)
+    trainer, make_state = step.make_trainer(config, info, mesh)
+    states = [make_state()]
+    config.seed = 1
+    states.append(step.make_trainer(config, info, mesh)[1]())
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (32, 8, 8, 1)), jnp.uint8)
+    labels, order = jnp.asarray(rng.integers(0, 10, 32), jnp.int32), jnp.arange(32)
+    state, train = load("several_runs").together(trainer, states, 2)
+    found, metrics = jax.jit(train)(state, images, labels, order)
+    assert int(found["step"]) == 2
+    for seed, one in enumerate(states):
+        alone, told = trainer.train_steps(one, images, labels, order, 2)
+        np.testing.assert_allclose(metrics["loss"][seed], told["loss"], rtol=1e-4)
+        for a, b in zip(
+            jax.tree.leaves(found["params"]), jax.tree.leaves(alone["params"]), strict=True
+        ):
+            np.testing.assert_allclose(a[seed], b, rtol=1e-3, atol=1e-4)
+
+
+def test_the_page_on_performance_is_that_of_the_results(load):
+    script = load("performance")
+    page = (script.ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert script.page() == page, "run python benchmarks/performance.py"
 
 
 def test_the_tables_of_the_readme_are_those_of_the_results():

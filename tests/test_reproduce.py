@@ -114,6 +114,28 @@ def test_rows_are_spread_over_devices(load):
     assert script.free_device([], argparse.Namespace(devices=[])) is None
 
 
+def test_a_row_has_its_part_of_the_gpu(tmp_path, load, monkeypatch):
+    script = load("reproduce")
+    sleep = "import time; time.sleep({})"
+    seconds = {0: 0.5, 1: 1.5, 2: 1.0}
+    monkeypatch.setattr(
+        script, "command",
+        lambda row, options: [sys.executable, "-S", "-c", sleep.format(seconds[row.seed])],
+    )  # fmt: skip
+    options = argparse.Namespace(
+        runs=tmp_path, output=tmp_path, set=[], devices=["0", "1"], jobs=3, seconds=None,
+        poll_seconds=0.02,
+    )  # fmt: skip
+    rows = [script.Row("config", "u90", seed) for seed in seconds]
+    script.add_gpu_seconds(tmp_path, rows[1], 10.0)  # of an earlier start
+    assert script.run_all(rows, options) == 1  # they leave no figures
+    # Rows 0 and 2 share a GPU for half a second, of which each has half.
+    found = [script.gpu_seconds(tmp_path, row) for row in rows]
+    assert found == pytest.approx([0.25, 11.5, 0.75], abs=0.3)
+    assert found[0] < 0.45
+    assert script.gpu_seconds(tmp_path, script.Row("config", "u90", 9)) is None
+
+
 def test_a_row_sees_its_device_only(tmp_path, load, monkeypatch):
     script = load("reproduce")
     say = "import os; print(os.environ.get('CUDA_VISIBLE_DEVICES'))"

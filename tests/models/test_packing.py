@@ -63,6 +63,8 @@ def build(name: str, packs: bool, period: int, budgets: str = "equal") -> Any:
                 threshold_every_steps=period,
                 dynamic_budget=budgets == "dynamic",
             )
+            if budgets == "dynamic":  # some have grown, one as far as can be
+                layer.weight_budget[...] = jnp.int32(layer.kernel.size // (2, 8, 1)[index % 3])
     model.train()
     return model
 
@@ -82,6 +84,7 @@ def loss_of(graph, rest, x, params):
         ("imagenet", 1, "unlike"),
         ("imagenet", 10, "unlike"),
         ("resnet", 10, "dynamic"),
+        ("imagenet", 1, "dynamic"),
     ],
 )
 def test_loss_gradients_and_state(name, period, budgets):
