@@ -473,6 +473,7 @@ def several_section(alone: dict[str, Any], mps: dict[str, Any]) -> str:
         "under `jax.vmap` turn convs into grouped ones, and the branches of thresholds that are",
         "refreshed early into selections that compute both sides. Those with MPS are of a run of",
         "their own: one process alone differs by a tenth between the two.",
+        "These were counted until the last process had ended, the script counts while all work.",
         *(
             f"({note[0].upper()}{note[1:]}.)"
             for note in {alone.get("note"), mps.get("note")}

@@ -12,7 +12,8 @@ also on another machine: `--pack` writes all that is needed for that into a few 
 takes it from there.
 
 A row's `gpu_seconds` are all the time from the start of its processes to their end, imports and
-compilation included; of a GPU that several rows share at that moment, each has its part.
+compilation included, of one GPU; of one that several rows share at that moment, each has an equal
+part. Not counted are rows of another `reproduce.py`, and those that go on after this was killed.
 
 Every run that ends leaves a JSON file in `--output`, of which `python -m swat_jax.report` makes
 tables and pictures, and a sparse one its weights in `RUNS/weights` (see `swat_jax.export`).
@@ -22,6 +23,7 @@ Exit code: 0 all rows are done, 1 a row failed, 3 time was up before all were do
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import datetime
 import fcntl
 import json
@@ -35,6 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 import parts
@@ -44,6 +47,8 @@ from swat_jax.files import replace_text
 
 # What a run that is told to end is given to do so.
 GRACE_SECONDS = 15.0
+# In a run's folder, so that it goes where the run goes.
+GPU_SECONDS = "gpu_seconds.txt"
 # Of result.json: what is not said of the run as a whole.
 NOT_KEPT = ("num_classes", "image_shape", "class_names")
 
@@ -129,14 +134,15 @@ class Running:
 
 def gpu_seconds(runs: pathlib.Path, row: Row) -> float | None:
     """What a row has had of a GPU so far, in all its starts; None where it was not counted."""
-    file = runs / f"{row.name}.gpu_seconds"
+    file = runs / row.name / GPU_SECONDS
     return float(file.read_text()) if file.exists() else None
 
 
 def add_gpu_seconds(runs: pathlib.Path, row: Row, seconds: float) -> None:
     """Counts seconds of a GPU to a row."""
     total = (gpu_seconds(runs, row) or 0.0) + seconds
-    replace_text(runs / f"{row.name}.gpu_seconds", f"{total:.3f}\n")
+    (runs / row.name).mkdir(exist_ok=True)
+    replace_text(runs / row.name / GPU_SECONDS, f"{total:.3f}\n")
 
 
 class RowError(Exception):
@@ -147,6 +153,13 @@ def free_device(running: Sequence[Running], options: argparse.Namespace) -> str 
     """The GPU with the fewest rows; None where the environment says which."""
     used = [one.device for one in running]
     return min(options.devices, key=used.count, default=None)
+
+
+def count(running: Sequence[Running]) -> None:
+    """Counts the time since the last count to runs, equal parts of a GPU to those that share it."""
+    now, used = time.monotonic(), [one.device for one in running]
+    for one in running:
+        one.count(now, used.count(one.device))
 
 
 def stop(running: Sequence[Running]) -> None:
@@ -161,6 +174,7 @@ def stop(running: Sequence[Running]) -> None:
             one.process.kill()
             one.process.wait()
         one.end()
+    count(running)
 
 
 def check_settings(row: Row, options: argparse.Namespace) -> None:
@@ -176,6 +190,7 @@ def run_all(rows: Sequence[Row], options: argparse.Namespace) -> int:
     options.runs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + options.seconds if options.seconds else float("inf")
     waiting, running, failed = list(dict.fromkeys(rows)), list[Running](), 0
+    collector, taken = concurrent.futures.ThreadPoolExecutor(1), list[Future[bool]]()
     try:
         while (waiting or running) and time.monotonic() < end:
             while waiting and len(running) < options.jobs:
@@ -186,27 +201,35 @@ def run_all(rows: Sequence[Row], options: argparse.Namespace) -> int:
                 except RowError as error:
                     failed += 1
                     print(f"{row.name}: failed: {error}", flush=True)
-            now, used = time.monotonic(), [one.device for one in running]
-            for one in running:
-                one.count(now, used.count(one.device))
-            for one in [one for one in running if one.process.poll() is not None]:
+            ended = [one for one in running if one.process.poll() is not None]
+            count(running)
+            for one in ended:
                 running.remove(one)
                 one.end()
-                seconds = f"{time.monotonic() - one.started:.0f} s"
-                try:
-                    if one.process.returncode != 0:
-                        raise RowError(one.last_lines())
-                    accuracy = collect(one.row, options)["pruned_test_accuracy"]
-                    print(f"{one.row.name}: {accuracy:.2%}, {seconds}", flush=True)
-                except RowError as error:
-                    failed += 1
-                    print(f"{one.row.name}: failed after {seconds}: {error}", flush=True)
+                # Beside the loop: what it takes is not to be counted to those that still run.
+                taken.append(collector.submit(take, one, options))
             time.sleep(options.poll_seconds)
     finally:
         stop(running)
         for one in running:
             print(f"{one.row.name}: cut off, goes on at the next start", flush=True)
+        collector.shutdown()
+    failed += sum(not one.result() for one in taken)
     return 1 if failed else 3 if waiting or running else 0
+
+
+def take(one: Running, options: argparse.Namespace) -> bool:
+    """Collects what a run has left that has ended; whether there was anything, which it says."""
+    seconds = f"{one.counted - one.started:.0f} s"
+    try:
+        if one.process.returncode != 0:
+            raise RowError(one.last_lines())
+        accuracy = collect(one.row, options)["pruned_test_accuracy"]
+    except RowError as error:
+        print(f"{one.row.name}: failed after {seconds}: {error}", flush=True)
+        return False
+    print(f"{one.row.name}: {accuracy:.2%}, {seconds}", flush=True)
+    return True
 
 
 def is_done(row: Row, options: argparse.Namespace) -> bool:

@@ -5,8 +5,8 @@
 
 A small network leaves a large GPU idle between its kernels. What counts is the images per second
 of all runs together, on synthetic images that lie on the device, with augmentation and a hundred
-steps per dispatch. All processes are compiled before the first is timed. Of a row those steps
-count that end while all of its processes work.
+steps per dispatch. All processes are compiled before the first is timed, and of a row the time
+counts in which all of its processes work.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def build(
         return _create(config, num_classes, image_shape, LayerTypes(norm_relu=norm_relu), rngs)
     pack, fused = config.sparsity.pack, config.model.fused_batch_norm
     if pack is None:
-        # Budgets that move may keep all of an input: packed, with room for that, it is no smaller.
+        # Budgets that move may keep all of an input: with room for that packing saves next to none.
         pack = kernels.packs() and config.sparsity.distribution != "momentum"
     if fused is None:
         fused = pack or kernels.packs()

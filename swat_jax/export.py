@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,10 +34,13 @@ from ml_collections import ConfigDict
 from swat_jax import checkpoint, network, pruning, sparse_file, step
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
-from swat_jax.layers import WeightBudget
+from swat_jax.layers import ThresholdAge, WeightBudget
+from swat_jax.sparsity import granularity
 
 # What is saved of a model, of the collections in `network.STATEFUL`.
 COLLECTIONS = {"params": nnx.Param, "batch_stats": nnx.BatchStat}
+# What files are taken seriously, though anybody may have written one.
+MOST_CLASSES, MOST_PIXELS, MOST_DEPTH = 1_000_000, 4096, 64
 # Of a run's result: what a file says about it.
 _RESULTS = (
     *("network", "method", "seed", "dataset", "steps", "pruned_test_accuracy"),
@@ -55,7 +59,8 @@ def save(
 
     Args:
       path: the file, such as ``pruned.safetensors``.
-      model: with SWAT layers anywhere in it, or without any; it stays as it is.
+      model: with SWAT layers anywhere in it, or without any; it stays as it is. What is written
+        are its parameters and the averages of batch norms, no variables of other types.
       facts: what to say about it, anything that JSON can hold, such as ``{"config": ...}``.
       values: the type for values of sparse kernels, such as "bfloat16"; None: their own.
 
@@ -63,13 +68,15 @@ def save(
       The size of the file in bytes.
 
     Raises:
-      UsageError: a weight of a type that a file cannot hold.
+      UsageError: a weight of a type that a file cannot hold, or a SWAT layer whose masks cannot be
+        told from its kernel: a stack of layers, one with a ``mask``, one that shares a kernel.
       OSError: the file cannot be written.
 
     Example:
       >>> layer = SwatConv(3, 64, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
       >>> save("layer.safetensors", layer)  # doctest: +SKIP
     """
+    _check_layers(model)
     layers = pruning.layers_of(model)
     found = network.values(model)
     found["params"] = pruning.prune(layers, found["params"], found["budgets"])
@@ -98,7 +105,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
 def load_into(path: str | os.PathLike[str], model: nnx.Module) -> None:
     """Puts the weights of a file into a model, in the types that the model has.
 
-    In SWAT layers whose number of weights is state (SWAT-M) it becomes that of the file.
+    In SWAT layers whose number of weights is state (SWAT-M) it becomes that of the file; reused
+    thresholds are found anew in the next training step.
 
     Args:
       path: the file.
@@ -125,13 +133,34 @@ def load_into(path: str | os.PathLike[str], model: nnx.Module) -> None:
             jax.device_put(arrays[name].astype(present.dtype), present.sharding)
         )
 
+    _check_layers(model)
     new = [(place, filled(name, variable)) for name, place, variable in flat]
     nnx.update(model, nnx.from_flat_state(new))
-    for place, layer in pruning.sparse_layers(model):
+    for _, layer in pruning.sparse_layers(model):
         if layer.weight_budget is not None:
-            kernel = "/".join(filter(None, ("params", place, "kernel")))
-            kept = np.count_nonzero(arrays[kernel])
-            layer.weight_budget = nnx.data(WeightBudget(jnp.asarray(kept, jnp.int32)))
+            scores = granularity.score(layer.kernel.get_value(), layer.granularity)
+            kept = jnp.count_nonzero(scores).astype(jnp.int32)
+            layer.weight_budget = nnx.data(WeightBudget(kept))
+        if layer.threshold_age is not None:  # stored thresholds are of other weights
+            layer.threshold_age = nnx.data(ThresholdAge(jnp.zeros((), jnp.int32)))
+
+
+def _check_layers(model: nnx.Module) -> None:
+    """Refuses SWAT layers whose masks `pruning.prune` would not find."""
+    params = network.collection(model, nnx.Param)
+    for path, layer in pruning.sparse_layers(model):
+        kernel = layer.kernel.get_value()
+        axes = len(getattr(layer, "kernel_size", ())) + 2
+        for wrong, why in (
+            (kernel.ndim != axes, f"is a stack of layers: its kernel has the shape {kernel.shape}"),
+            (getattr(layer, "mask", None) is not None, "has a mask of its own"),
+            (
+                "kernel" not in (network.lookup(params, path) or {}),
+                "shares its kernel with another layer, or has a name with a slash in it",
+            ),
+        ):
+            if wrong:
+                raise UsageError(f"model: the SWAT layer {path or '(the model)'} {why}")
 
 
 def check_names(
@@ -197,18 +226,19 @@ def of_run(workdir: Path) -> tuple[dict[str, np.ndarray], set[str], dict[str, An
     try:
         plain = json.loads((workdir / "config.json").read_text())
         result = json.loads((workdir / "result.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{workdir} must be the workdir of a run that is done: {error}") from error
-    if plain["checkpoint"]["select"] != "last":
-        raise UsageError(f"{workdir}: its scores are not those of the last checkpoint")
-    trainer, make_state = step.make_trainer(
-        ConfigDict(plain), info_of(plain, result), step.make_mesh(1)
-    )
+        if plain["checkpoint"]["select"] != "last":
+            raise UsageError(f"{workdir}: its scores are not those of the last checkpoint")
+        info, steps = info_of(plain, result), result["steps"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"{workdir} must be the workdir of a run that is done: {error!r}"
+        ) from error
+    trainer, make_state = step.make_trainer(ConfigDict(plain), info, step.make_mesh(1))
     with checkpoint.Checkpointer(workdir / "checkpoints", config=plain) as checkpoints:
         restored = checkpoints.restore(make_state(), refresh=("activation_thresholds",))
-    if restored is None or restored.step != result["steps"]:
+    if restored is None or restored.step != steps:
         found = "none" if restored is None else f"one of step {restored.step}"
-        raise UsageError(f"{workdir} must hold a checkpoint of step {result['steps']}: {found}")
+        raise UsageError(f"{workdir} must hold a checkpoint of step {steps}: {found}")
     state = restored.state
     trees = {"params": trainer.prune(state), "batch_stats": state["batch_stats"]}
     arrays = _flat(trees)
@@ -222,13 +252,39 @@ def info_of(config: Mapping[str, Any], result: Mapping[str, Any]) -> Info:
     Args:
       config: of a run, as plain dicts.
       result: with ``num_classes`` and ``image_shape``, and ``class_names`` where they are known.
+
+    Raises:
+      ValueError: a value that no data set has.
+      KeyError, TypeError: there is none.
     """
-    names = result.get("class_names") or map(str, range(result["num_classes"]))
+    classes, shape = result["num_classes"], result["image_shape"]
+    mean, std = (config["data"][key] for key in ("mean", "std"))
+    if type(classes) is not int or not 1 <= classes <= MOST_CLASSES:
+        raise ValueError(f"num_classes must be between 1 and {MOST_CLASSES}, got {classes!r}")
+    if not (
+        isinstance(shape, list)
+        and all(type(side) is int for side in shape)
+        and len(shape) == 3
+        and 1 <= shape[0] == shape[1] <= MOST_PIXELS
+        and shape[2] in (1, 3)
+    ):
+        raise ValueError(f"image_shape must be [n, n, 1 or 3], n <= {MOST_PIXELS}, got {shape!r}")
+    for key, values in (("mean", mean), ("std", std)):
+        numbers = isinstance(values, list) and all(type(one) in (int, float) for one in values)
+        if not numbers or len(values) != shape[2] or not all(map(math.isfinite, values)):
+            raise ValueError(f"data.{key} must be a number for each channel, got {values!r}")
+    if min(std) <= 0:
+        raise ValueError(f"data.std must be above 0, got {std!r}")
+    names = result.get("class_names")
+    if names is None:
+        names = [str(number) for number in range(classes)]
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or len(names) != classes:
+        raise ValueError(f"class_names must be {classes} texts")
     return Info(
-        name=config["dataset"], num_classes=result["num_classes"],
-        image_shape=tuple(result["image_shape"]), num_train=config["batch_size"], num_holdout=0,
-        num_test=1, mean=tuple(config["data"]["mean"]), std=tuple(config["data"]["std"]),
-        class_names=tuple(names),
+        name=config["dataset"], num_classes=classes, image_shape=(shape[0], shape[1], shape[2]),
+        num_train=config["batch_size"], num_holdout=0, num_test=1, mean=tuple(mean),
+        std=tuple(std), class_names=tuple(names),
     )  # fmt: skip
 
 
@@ -244,12 +300,21 @@ def _sparse(layers: Sequence[pruning.SparseLayer], arrays: Mapping[str, np.ndarr
 
 
 def _nested(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    for name in arrays:
-        parents = name.split("/")[:-1]
-        if any("/".join(parents[: n + 1]) in arrays for n in range(len(parents))):
-            raise UsageError(f"{path}: {name} lies inside of another array")
     tree: dict[str, Any] = {name: {} for name in COLLECTIONS}
-    return tree | traverse_util.unflatten_dict(dict(arrays), sep="/")
+    for name, array in arrays.items():
+        told = f"{path} holds {name[:80]!r}, which"
+        parts = name.split("/", MOST_DEPTH + 1)
+        if parts[0] not in COLLECTIONS or not 2 <= len(parts) <= MOST_DEPTH:
+            raise UsageError(f"{told} is no weight of a network")
+        node = tree
+        for part in parts[:-1]:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"{told} lies inside of another array")
+        if parts[-1] in node:
+            raise UsageError(f"{told} has other arrays inside")
+        node[parts[-1]] = array
+    return tree
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,10 +332,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         arrays, sparse, facts = of_run(options.run)
         values = options.values
         size = sparse_file.write(options.output, arrays, sparse=sparse, facts=facts, values=values)
-        if options.most_mib is not None and size > options.most_mib * 2**20 and values is None:
+        most = math.inf if options.most_mib is None else options.most_mib * 2**20
+        if size > most and values is None:
             values = "bfloat16"
             size = sparse_file.write(
                 options.output, arrays, sparse=sparse, facts=facts, values=values
+            )
+        if size > most:
+            raise UsageError(
+                f"--most_mib {options.most_mib:g} cannot be met: {options.output} has "
+                f"{size / 2**20:.1f} MiB with values in {values}"
             )
     except (UsageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Files that are whole at any moment, however a run ends."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -15,9 +16,15 @@ def replace_bytes(path: Path, data: bytes) -> None:
     Raises:
       OSError: it cannot be written; what was there stays.
     """
+    if not path.name or path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
     beside = path.with_name(f".{path.name}.tmp")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

@@ -98,9 +98,9 @@ def dense(
 def swat(
     config: Any, *, num_classes: int, image_shape: tuple[int, int, int], batch_size: int
 ) -> list[Kept]:
-    """What the network of a config keeps with packed activations, whether it packs here or not.
+    """What the network of a config keeps with the kernels, whether there are any here or not.
 
-    Under momentum activations are packed only where the config says so (see `swat_jax.build`).
+    Activations are packed, but under momentum only if the config says so (see `swat_jax.build`).
 
     Args:
       config: see `dense`; its method is a sparse one.
@@ -181,7 +181,7 @@ def render(result: Mapping[str, Any]) -> str:
     """`report` as text: what it is about, one line a layer, then the totals."""
     labels = {"dense": "dense", "swat": result["method"]}
     labels = {name: label for name, label in labels.items() if name in result}
-    packed = f", and of {labels['swat']} with packed activations" if "swat" in labels else ""
+    packed = f", and of {labels['swat']} as it is with the kernels" if "swat" in labels else ""
     about = (
         f"kept for the backward pass of {result['network']}, dense{packed}, in bytes:"
         f" {result['batch_size']} images on one device, {result['precision']}"

@@ -47,24 +47,21 @@ def predict(weights: Path, images: Sequence[Path]) -> list[list[tuple[str, float
         config: Any = ConfigDict(plain)
         trainer, make_state = step.make_trainer(config, info, step.make_mesh(1))
         margin = config.data.augmentation == "random_resized_crop"
-        size, _, channels = info.image_shape
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{weights} does not say of which network it is ({error!r})") from error
-    trees = export.trees_of(weights, found.arrays, make_state)
+        trees = export.trees_of(weights, found.arrays, make_state)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise UsageError(f"{weights} does not say of which network it is: {error!r}") from error
+    size, _, channels = info.image_shape
     model = trainer.dense.model(trees)
     model.eval()
-    pixels = [
-        decode.center_crop(_bytes(path), size, channels, str(path), margin=margin)
-        for path in images
-    ]
     dtype = build.PRECISIONS[config.precision]
-    inputs = on_device.normalize(jnp.asarray(np.stack(pixels)), info.mean, info.std, dtype)
-    probabilities = np.asarray(jax.nn.softmax(model(inputs).astype(jnp.float32)))
-    order = np.argsort(-probabilities, axis=1, kind="stable")[:, :MOST_TOLD]
-    return [
-        [(info.class_names[label], float(row[label])) for label in labels]
-        for row, labels in zip(probabilities, order, strict=True)
-    ]
+    told = []
+    for path in images:
+        pixels = decode.center_crop(_bytes(path), size, channels, str(path), margin=margin)
+        inputs = on_device.normalize(jnp.asarray(pixels[None]), info.mean, info.std, dtype)
+        shares = np.asarray(jax.nn.softmax(model(inputs)[0].astype(jnp.float32)))
+        order = np.argsort(-shares, kind="stable")[:MOST_TOLD]
+        told.append([(info.class_names[label], float(shares[label])) for label in order])
+    return told
 
 
 def _bytes(path: Path) -> bytes:
@@ -72,6 +69,11 @@ def _bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _plain(name: str) -> str:
+    """A name of a file that anybody may have written, fit for a terminal."""
+    return name if name.isprintable() else ascii(name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(dict(zip(map(str, options.images), found, strict=True))))
         return 0
     for path, classes in zip(options.images, found, strict=True):
-        print(f"{path}: {', '.join(f'{name} {share:.1%}' for name, share in classes)}")
+        print(f"{path}: {', '.join(f'{_plain(name)} {share:.1%}' for name, share in classes)}")
     return 0
 
 

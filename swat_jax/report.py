@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -140,6 +141,8 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
     devices = sorted({run["device"] for runs in rows.values() for run in runs})
     versions = sorted({run["versions"]["jax"] for runs in rows.values() for run in runs})
     count = sum(len(runs) for runs in rows.values())
+    told = {run["note"] for runs in rows.values() for run in runs if "note" in run}
+    notes = [f"Files say of themselves: {note}." for note in sorted(told)]
     lines = [
         "# The paper's CIFAR-10 table, reproduced",
         "",
@@ -151,15 +154,16 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
         "named below. FLOPs are by the paper's convention, of the sparsity that was asked for; of",
         "SWAT-M, where budgets move, as measured. GPU seconds are all the time that a run took,",
         "from its start to its end; of a GPU that several ran on at once, each has an equal part.",
+        *notes,
     ]
     if count:
         every = [run for runs in rows.values() for run in runs]
         precisions = sorted({run["config"]["precision"] for run in every})
         dropped = [run["dropped_activations"] for run in every]
         known = [number for number in dropped if number is not None]
-        told = f"at most {max(known):.0f} of a batch" if known else "not known of any run"
+        told = f"at most {math.ceil(max(known))} of a batch" if known else "not known of any run"
         if known and len(known) < len(dropped):
-            told += f", not known of {len(dropped) - len(known)} runs"
+            told += f"; runs of which it is not known: {len(dropped) - len(known)}"
         where = ", ".join([*devices, f"jax {', '.join(versions)}", *precisions])
         lines += [
             f"{count} runs, on {where}.",

@@ -6,8 +6,8 @@ tensor under its own name. What the file's header holds besides, as safetensors'
 ``format``, ``sparse`` (shape and type of every sparse array), ``facts`` (JSON of the writer's own)
 and ``sha256`` of all that.
 
-Files are read as data alone: nothing in one is executed, and no more memory is asked for than 64
-times the file's size.
+Files are read as data alone: nothing in one is executed, and no more memory is asked for than a
+hundred times the file's size, however large an array it claims to hold.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _TYPES: dict[str, np.dtype] = {
 }
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 _BITMAP, _VALUES = ".bitmap", ".values"
+_MOST_AXES = 32
 
 
 class SparseFile(NamedTuple):
@@ -78,7 +79,8 @@ def write(
       The size of the file in bytes.
 
     Raises:
-      UsageError: an array that a file cannot hold.
+      UsageError: an array, a name or facts that a file cannot hold; or a number that is too large
+        or too small for the type of values.
       OSError: it cannot be written; what was there stays.
 
     Example:
@@ -94,7 +96,11 @@ def write(
     tensors: dict[str, np.ndarray] = {}
     shapes: dict[str, Any] = {}
     for name, array in arrays.items():
+        _check_name(name)
         array = np.asarray(array)
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
+        if array.ndim > _MOST_AXES:
+            raise UsageError(f"{name} has {array.ndim} axes, and a file holds at most {_MOST_AXES}")
         if array.dtype not in _TYPES.values():
             raise UsageError(f"{name} has the type {array.dtype}, which a file cannot hold")
         added = {name: np.ascontiguousarray(array).reshape(array.shape)}
@@ -106,7 +112,7 @@ def write(
             kept = _bits_of(array) != 0
             held = array.ravel()[kept]
             if values is not None:
-                held = held.astype(values)
+                held = _rounded(name, held, values)
             added = {
                 name + _BITMAP: np.packbits(kept, bitorder="little"),
                 name + _VALUES: held,
@@ -115,11 +121,11 @@ def write(
         if taken := sorted(added.keys() & tensors.keys()):
             raise UsageError(f"two arrays would be called {taken[0]} in the file")
         tensors |= added
-    metadata = {
-        "format": FORMAT,
-        "sparse": json.dumps(shapes, sort_keys=True),
-        "facts": json.dumps(dict(facts or {}), sort_keys=True),
-    }
+    try:
+        told = json.dumps(dict(facts or {}), sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"facts must be what JSON can hold: {error}") from error
+    metadata = {"format": FORMAT, "sparse": json.dumps(shapes, sort_keys=True), "facts": told}
     metadata["sha256"] = _digest(tensors, metadata)
     data = safetensors.numpy.save(tensors, metadata)
     replace_bytes(path, data)
@@ -134,8 +140,9 @@ def read(path: Path) -> SparseFile:
     """
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"{path} cannot be read: {why}") from error
     try:
         return _parse(data)
     except _RefusedError as refused:
@@ -151,7 +158,7 @@ def _parse(data: bytes) -> SparseFile:
         tensors = {name: _tensor(name, found) for name, found in safetensors.deserialize(data)}
         # It has found the header to be one.
         (length,) = struct.unpack("<Q", data[:8])
-        metadata = json.loads(data[8 : 8 + length]).get("__metadata__", {})
+        metadata = json.loads(data[8 : 8 + length]).get("__metadata__") or {}
     except safetensors.SafetensorError as error:
         raise _RefusedError(f"no safetensors file ({error})") from error
     except (ValueError, OverflowError, RecursionError) as error:
@@ -203,7 +210,7 @@ def _dense(name: str, about: Any, bitmap: np.ndarray, values: np.ndarray) -> np.
     if bitmap.dtype != np.uint8 or bitmap.shape != (-(-size // 8),):
         raise _RefusedError(f"the bitmap of {name} is not one of {size} values")
     bits = np.unpackbits(bitmap, bitorder="little")
-    kept = bits[:size].astype(bool)
+    kept = bits[:size].view(bool)
     if np.any(bits[size:]) or values.dtype.name not in _FLOATS or values.shape != (kept.sum(),):
         raise _RefusedError(f"the values of {name} are not those of its bitmap")
     array = np.zeros(size, dtype)
@@ -215,8 +222,27 @@ def _dense(name: str, about: Any, bitmap: np.ndarray, values: np.ndarray) -> np.
 
 
 def _is_shape(shape: Any) -> TypeGuard[list[int]]:
-    whole = isinstance(shape, list) and all(type(side) is int and side >= 0 for side in shape)
-    return whole and len(shape) <= 32
+    if not isinstance(shape, list) or len(shape) > _MOST_AXES:
+        return False
+    return all(type(side) is int and 0 <= side < 2**48 for side in shape)
+
+
+def _check_name(name: Any) -> None:
+    try:
+        good = isinstance(name, str) and name.encode() and name != "__metadata__"
+    except UnicodeEncodeError:
+        good = False
+    if not good:
+        raise UsageError(f"arrays: {name!r} is no name that a file can hold")
+
+
+def _rounded(name: str, values: np.ndarray, dtype: str) -> np.ndarray:
+    with np.errstate(over="ignore", under="ignore"):
+        found = values.astype(dtype)
+    lost = (found == 0) & (values != 0) | ~np.isfinite(found) & np.isfinite(values)
+    if np.any(lost):
+        raise UsageError(f"{name} holds {values[lost][0]}, which {dtype} cannot; give other values")
+    return found
 
 
 def _bits_of(array: np.ndarray) -> np.ndarray:

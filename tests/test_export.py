@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swat_jax import SwatConv, evaluate, export, network, predict, sparse_file, train
+from swat_jax import (
+    SwatConv,
+    build,
+    config_file,
+    evaluate,
+    export,
+    network,
+    predict,
+    sparse_file,
+    train,
+)
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatLinear, WeightBudget
 from tests.runs import digits
@@ -107,6 +117,97 @@ def test_a_budget_becomes_that_of_the_file(tmp_path):
     assert int(budgets["weight_budget"]) == 40
 
 
+def test_a_budget_counts_units_of_the_granularity(tmp_path):
+    path = tmp_path / "one.safetensors"
+    layers = [
+        SwatConv(4, 8, (3, 3), granularity="channel", rngs=nnx.Rngs(seed)) for seed in range(2)
+    ]
+    for layer, keep in zip(layers, (16, 3), strict=True):
+        layer.set_sparsity(weight_sparsity=0.9, activation_sparsity=0.9, dynamic_budget=True)
+        layer.weight_budget = nnx.data(WeightBudget(jnp.int32(keep)))
+    export.save(path, layers[0])
+    export.load_into(path, layers[1])
+    assert int(network.collection(layers[1], WeightBudget)["weight_budget"]) == 16
+
+
+def test_stored_thresholds_are_not_used_for_other_weights(tmp_path):
+    path = tmp_path / "one.safetensors"
+    layers = [
+        SwatConv(3, 4, (3, 3), weight_sparsity=0.5, threshold_every_steps=10, rngs=nnx.Rngs(seed))
+        for seed in range(2)
+    ]
+    layers[0].kernel[...] = 1e-3 * layers[0].kernel[...]
+    export.save(path, layers[0])
+    layers[1](X)
+    export.load_into(path, layers[1])
+    trained = layers[1](X)
+    layers[1].eval()
+    np.testing.assert_array_equal(trained, layers[1](X))
+    assert jnp.any(trained != 0)
+
+
+def stacked():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def make(rngs):
+        return SwatLinear(4, 4, weight_sparsity=0.5, rngs=rngs)
+
+    return make(nnx.Rngs(0))
+
+
+def masked():
+    return SwatConv(3, 4, (3, 3), mask=jnp.ones((3, 3, 3, 4)), rngs=nnx.Rngs(0))
+
+
+def tied():
+    model = swat()
+    model.convs.append(SwatConv(8, 8, (3, 3), weight_sparsity=0.75, rngs=nnx.Rngs(9)))
+    model.convs[2].kernel = model.convs[1].kernel
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [(stacked, "stack of layers"), (masked, "mask of its own"), (tied, "shares its kernel")],
+)
+def test_layers_whose_masks_are_not_their_kernels_are_refused(tmp_path, make, told):
+    with pytest.raises(UsageError, match=f"model: the SWAT layer .* {told}"):
+        export.save(tmp_path / "file", make())
+    assert not (tmp_path / "file").exists()
+
+
+def test_a_layer_that_is_used_twice_is_written_once(tmp_path):
+    model, other = swat(), swat(seed=3)
+    for one in (model, other):
+        one.convs.append(one.convs[1])
+        one.eval()
+    export.save(tmp_path / "file", model)
+    export.load_into(tmp_path / "file", other)
+    np.testing.assert_array_equal(other(X), model(X))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("kernel", "no weight of a network"),
+        ("params", "no weight of a network"),
+        ("other/kernel", "no weight of a network"),
+        ("params/" + "a/" * 100_000 + "b", "no weight of a network"),
+    ],
+)
+def test_names_that_no_network_has_are_refused(tmp_path, name, told):
+    sparse_file.write(tmp_path / "file", {name: np.ones(3, np.float32)})
+    with pytest.raises(UsageError, match=told):
+        export.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("names", [("params/a", "params/a/b"), ("params/a/b", "params/a")])
+def test_arrays_within_arrays_are_refused(tmp_path, names):
+    sparse_file.write(tmp_path / "file", dict.fromkeys(names, np.ones(3, np.float32)))
+    with pytest.raises(UsageError, match="inside"):
+        export.load(tmp_path / "file")
+
+
 def test_a_file_of_another_network_changes_nothing(tmp_path):
     path = tmp_path / "net.safetensors"
     export.save(path, swat())
@@ -161,6 +262,8 @@ def test_values_are_rounded_where_the_file_would_be_too_large(run, capsys):
         assert export.main([str(folder / "run"), str(small), f"--most_mib={most}"]) == 0
         assert capsys.readouterr().out.endswith(f"MiB{expected}\n")
         assert (small.stat().st_size < whole) == bool(expected)
+    assert export.main([str(folder / "run"), str(small), "--most_mib=0.01"]) == 2
+    assert "--most_mib 0.01 cannot be met" in capsys.readouterr().err
     assert evaluate.evaluate(small, config)["accuracy"] == pytest.approx(
         result["pruned_test_accuracy"], abs=0.02
     )
@@ -179,6 +282,17 @@ def test_predictions_are_those_of_the_network(run, tmp_path, capsys):
     found = predict.predict(folder / "pruned.safetensors", paths)
     hits = np.mean([one[0][0] == str(data.target[n]) for n, one in enumerate(found)])
     assert hits >= result["pruned_test_accuracy"] - 0.15
+    # The same network of stock layers, by hand.
+    config = config_file.load("configs/digits.py:u90")
+    model = build.build_dense(config, num_classes=10, image_shape=(8, 8, 1), rngs=nnx.Rngs(0))
+    export.load_into(folder / "pruned.safetensors", model)
+    model.eval()
+    images = np.round(data.images[:40] * 255 / 16)[..., None]
+    inputs = jnp.asarray((images / 255 - config.data.mean[0]) / config.data.std[0], jnp.float32)
+    shares = np.asarray(jax.nn.softmax(model(inputs)))
+    for one, row in zip(found, shares, strict=True):
+        assert [name for name, _ in one] == [str(label) for label in np.argsort(-row)[:5]]
+        np.testing.assert_allclose([share for _, share in one], np.sort(row)[::-1][:5], atol=1e-5)
     for one in found:
         shares = [share for _, share in one]
         assert len(one) == 5
@@ -214,6 +328,65 @@ def test_what_is_asked_for_must_be_there(run, tmp_path, capsys):
         error = capsys.readouterr().err
         assert told in error
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_classes", 10**9),
+        ("num_classes", True),
+        ("num_classes", 9),
+        ("image_shape", [40000, 40000, 1]),
+        ("image_shape", [8, 16, 1]),
+        ("image_shape", []),
+        ("image_shape", [8, 8, 3]),
+        ("class_names", ["a"] * 9),
+        ("class_names", "abcdefghij"),
+        ("class_names", [["a"]] * 10),
+        ("mean", ["0.3"]),
+        ("mean", [0.3] * 3),
+        ("std", [0]),
+        ("seed", 10**30),
+        ("config", None),
+        ("config", []),
+        ("a.b", 3),
+    ],
+)
+def test_what_a_file_says_of_itself_is_checked(run, tmp_path, key, value, capsys):
+    held = sparse_file.read(run[0] / "pruned.safetensors")
+    facts = json.loads(json.dumps(held.facts))
+    place = facts
+    if key in ("mean", "std"):
+        place = facts["config"]["data"]
+    elif key in ("seed", "a.b"):
+        place = facts["config"]
+    place[key] = value
+    path = tmp_path / "file.safetensors"
+    sparse_file.write(path, held.arrays, sparse=held.sparse, facts=facts)
+    assert predict.main([f"--weights={path}", "x.png"]) == 2
+    error = capsys.readouterr().err
+    assert "file.safetensors" in error or "config" in error
+    assert "x.png" not in error
+
+
+def test_names_of_classes_cannot_write_to_the_terminal(run, tmp_path, capsys):
+    held = sparse_file.read(run[0] / "pruned.safetensors")
+    path, image = tmp_path / "file.safetensors", tmp_path / "x.png"
+    facts = {**held.facts, "class_names": ["\x1b[2J\n"] * 10}
+    sparse_file.write(path, held.arrays, sparse=held.sparse, facts=facts)
+    cv2.imwrite(str(image), np.zeros((8, 8), np.uint8))
+    assert predict.main([f"--weights={path}", str(image)]) == 0
+    out = capsys.readouterr().out
+    assert (out.count("\n"), "\x1b" in out) == (1, False)
+    assert predict.predict(path, []) == []
+
+
+def test_files_of_a_run_that_say_nothing_are_refused(tmp_path):
+    for text in ("{}", "[]", "null", "{"):
+        for name in ("config.json", "result.json"):
+            (tmp_path / name).write_text(text)
+        with pytest.raises(UsageError, match="must be the workdir of a run that is done"):
+            export.of_run(tmp_path)
 
 
 def test_a_run_whose_scores_are_of_another_checkpoint_is_refused(run, tmp_path):

@@ -125,6 +125,7 @@ CASES = [
     ("cifar10_resnet18:u90", None, 0, 0),
     ("cifar10_resnet18:erk90", None, 0, 0),  # two readers of one value keep unequally much of it
     ("cifar10_resnet18:m90", None, 0, 0),
+    ("cifar10_resnet18:m90 packed", None, 0, 0),
     ("cifar10_vgg16:u90", None, VGG_POOLED, 2 * 4096),
     ("cifar10_wrn16_8:u90", None, 0, 0),
     ("imagenet_resnet50:u80", 64, 32 * 32 * 64, 0),
@@ -137,8 +138,9 @@ def test_count_is_what_differentiation_saves(name, image_size, pooled, unseen):
     which keeps its input alone and not what XLA makes again. What is left to explain is what the
     dense count leaves to XLA, the signs and the inputs of max pooling, and what both leave out.
     """
-    path, _, text = name.partition(":")
+    path, _, text = name.removesuffix(" packed").partition(":")
     config = config_file.load(f"configs/{path}.py:{text}")
+    config.sparsity.pack = True if name.endswith(" packed") else None
     config.data.image_size = image_size or config.data.image_size
     image = (config.data.image_size, config.data.image_size, len(config.data.mean))
     dtype = build.PRECISIONS[config.precision]
@@ -150,7 +152,9 @@ def test_count_is_what_differentiation_saves(name, image_size, pooled, unseen):
 
     swat = kept_bytes.swat(config, **facts, batch_size=BATCH)
     dense = kept_bytes.dense(config, **facts, batch_size=BATCH)
-    config.sparsity.pack = config.model.fused_batch_norm = True
+    config.model.fused_batch_norm = True
+    if config.sparsity.distribution != "momentum":  # not packed unless asked for, as counted
+        config.sparsity.pack = True
     assert size_of(saved()) - total(swat) == unseen * BATCH
     method.apply(config, "dense")
     without_signs = [aval for aval in saved() if aval.dtype != jnp.uint32]

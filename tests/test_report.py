@@ -73,7 +73,7 @@ def test_every_row_of_the_table_is_there_run_or_not(results, tmp_path):
             if network != "vgg16":
                 assert row_of(page, network, method)[3] == "not run"
     assert "5 runs, on 1 x NVIDIA H200 (gpu), jax 0.11.2, bfloat16." in page
-    assert "found no room: at most 0 of a batch, not known of 1 runs." in page
+    assert "found no room: at most 0 of a batch; runs of which it is not known: 1." in page
     names = {path.relative_to(tmp_path).as_posix() for path in found}
     pictures = {f"page/{name}.svg" for name in ("flops", "vgg16_accuracy", "vgg16_layers")}
     assert names == {"page.md", *pictures}

@@ -1,7 +1,9 @@
 """Sparse files: what was written comes back bit for bit, and nothing else is taken for one."""
 
 import json
+import pathlib
 import struct
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -164,6 +166,7 @@ def claims(shape, dtype="float32"):
         (claims([3]), {"k.values": VALUES}, "lacks its bitmap"),
         (claims([3]), {**GOOD, "k": VALUES}, "there twice"),
         (json.dumps({"k": 3}), GOOD, "no shape"),
+        (claims([10**4000] * 32), GOOD, "no shape"),
         ("[]", GOOD, "no table"),
         ("{", GOOD, "sparse cannot be read"),
         ("[" * 100_000, GOOD, "sparse cannot be read"),
@@ -180,7 +183,25 @@ def test_a_forged_file_that_is_right_is_read(tmp_path):
     assert "facts" in refused(path, forged(claims([3]), GOOD, facts="3"))
 
 
+def test_no_more_memory_than_a_hundred_times_the_file(tmp_path):
+    size = 2**22
+    tensors = {"k.bitmap": np.zeros(size // 8, np.uint8), "k.values": np.ones(0, np.float32)}
+    data = forged(claims([size], "float64"), tensors)
+    (tmp_path / "file").write_bytes(data)
+    tracemalloc.start()
+    sparse_file.read(tmp_path / "file")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * len(data)
+
+
 def test_other_safetensors_files_are_refused(tmp_path):
+    nothing = b'{"__metadata__":null}'
+    assert "is None" in refused(tmp_path / "file", struct.pack("<Q", len(nothing)) + nothing)
+    with pytest.raises(UsageError, match="cannot be read: embedded null"):
+        sparse_file.read(pathlib.Path("a\0b"))
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        sparse_file.read(tmp_path)
     told = refused(tmp_path / "file", safetensors.numpy.save({"kernel": VALUES}))
     assert "its format is None" in told
     with pytest.raises(UsageError, match=r"none\.safetensors cannot be read: No such file"):
@@ -196,6 +217,14 @@ def test_other_safetensors_files_are_refused(tmp_path):
         ({"k": VALUES}, {"values": "int8"}, r"values must be None or one of .* got 'int8'"),
         ({"k": VALUES, "k.bitmap": BITMAP}, {"sparse": ["k"]}, r"would be called k\.bitmap"),
         ({"k.values": VALUES, "k": VALUES}, {"sparse": ["k"]}, r"would be called k\.values"),
+        ({"__metadata__": VALUES}, {}, "'__metadata__' is no name"),
+        ({"\ud800": VALUES}, {}, "is no name"),
+        ({3: VALUES}, {}, "3 is no name"),
+        ({"k": np.ones((1,) * 33, np.float32)}, {}, "33 axes"),
+        ({"k": VALUES}, {"facts": {"a": float("nan")}}, "facts must be what JSON can hold"),
+        ({"k": VALUES}, {"facts": {"a": {1}}}, "facts must be what JSON can hold"),
+        ({"k": 1e9 * VALUES}, {"sparse": ["k"], "values": "float16"}, "which float16 cannot"),
+        ({"k": 1e-9 * VALUES}, {"sparse": ["k"], "values": "float16"}, "which float16 cannot"),
     ],
 )
 def test_what_cannot_be_written_is_refused_and_leaves_what_was_there(
@@ -206,3 +235,18 @@ def test_what_cannot_be_written_is_refused_and_leaves_what_was_there(
     with pytest.raises(UsageError, match=told):
         sparse_file.write(path, arrays, **options)
     assert path.read_bytes() == b"before"
+
+
+def test_where_nothing_can_be_written_nothing_is_left(tmp_path):
+    with pytest.raises(OSError, match="is a folder"):
+        sparse_file.write(tmp_path, {"k": VALUES})
+    with pytest.raises(OSError, match="is a folder"):
+        sparse_file.write(pathlib.Path("."), {"k": VALUES})
+    assert not list(tmp_path.parent.glob(".*.tmp"))
+
+
+def test_other_byte_orders_and_strides_are_written_as_they_read(tmp_path):
+    array = example((6, 4)).astype(">f4").T[::-1]
+    sparse_file.write(tmp_path / "file", {"k": array}, sparse=["k"])
+    found = sparse_file.read(tmp_path / "file").arrays["k"]
+    np.testing.assert_array_equal(found, array)
