@@ -223,7 +223,7 @@ def test_command_line_bytes(capsys):
     code, out, err = run(capsys, *arguments, "--config.devices=2")
     assert (code, err) == (0, "")
     assert out.startswith(
-        "kept for the backward pass of resnet18, dense, and of u90 with packed activations,"
+        "kept for the backward pass of resnet18, dense, and of u90 as it is with the kernels,"
         " in bytes: 64 images on one device, bfloat16\n\nlayer "
     )
     # 64 * 32 * 32 * 64 values of two bytes, twice 64 of four; and one bit for each.
