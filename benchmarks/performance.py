@@ -246,13 +246,13 @@ def small_batch_lines(reports: list[dict[str, Any]]) -> list[str]:
                 network,
                 device.removeprefix("NVIDIA ").split()[0],
                 f"{ratio:.2f}",
-                told(SMALL_BATCH_TIME_MARK, round(ratio, 2) <= SMALL_BATCH_TIME_MARK, device),
+                mark_of(SMALL_BATCH_TIME_MARK, round(ratio, 2) <= SMALL_BATCH_TIME_MARK, device),
                 f"{row['images_per_second']:.0f}",
                 f"{rate:.1f}",
-                told(times, rate >= times, device),
+                mark_of(times, rate >= times, device),
                 f"{row['peak_mib']:.0f}",
                 f"{peak:.2f}",
-                told(most, round(peak, 2) <= most, device),
+                mark_of(most, round(peak, 2) <= most, device),
                 f"{row['xla_mib']:.0f}",
                 f"{planned:.2f}",
             )
@@ -260,7 +260,7 @@ def small_batch_lines(reports: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def told(mark: float, met: bool, device: str) -> str:
+def mark_of(mark: float, met: bool, device: str) -> str:
     """A mark and whether it is met: marks are set for one GPU."""
     return f"{mark:g}: {verdict(met) if 'H200' in device else 'not measured'}"
 
@@ -324,10 +324,10 @@ def profile_section(found: dict[str, Any], copy_rate: float) -> str:
 STEP_MISSES = """### Where a mark is missed
 
 * **Where the gain comes from.** Dense training with our batch norm takes 0.93 of stock dense on
-  both ImageNet networks (`dense + our batch norm`), 0.97 to 0.99 on small ones (DenseNet-121:
-  0.93, H100); u90 is faster than that on WRN-50-2, WRN-16-8 and VGG-16, and a little slower on
-  ResNet-50 (35.40 for 35.08 ms), ResNet-18 and DenseNet-121. Sparsity brings the memory. That
-  form has stock convs and dropout.
+  both ImageNet networks (`dense + our batch norm`; WRN-50-2: 0.95 of its fastest dense), 0.97 to
+  0.99 on small ones (DenseNet-121: 0.93, H100); u90 is faster than that on WRN-50-2, WRN-16-8 and
+  VGG-16, and a little slower on ResNet-50 (35.40 for 35.08 ms), ResNet-18 and DenseNet-121.
+  Sparsity brings the memory. That form has stock convs and dropout.
 * **Where the time of ResNet-50 goes** (0.94 of dense where 0.87 was to be shown, 1.00 with exact
   thresholds where 0.92 was): convolutions take what they take in a dense step, but for the stem,
   whose strides are folded into channels. Our ops move 62 GB, 15.7 ms at the rate of a copy, and

@@ -93,9 +93,9 @@ class Running:
         self.row, self.device = row, device
         self.started = time.monotonic()
         self.counted = self.started
+        self._runs = options.runs
         self.log = options.runs / f"{row.name}.log"
         check_settings(row, options)
-        self._options = options
         # The child holds the lock too, so that it outlives this process with it.
         self._lock = (options.runs / f"{row.name}.lock").open("w")
         try:
@@ -121,7 +121,7 @@ class Running:
         """Adds the time since it was last counted, of which so many rows on its GPU had a part."""
         part = (now - self.counted) / sharing
         self.counted = now
-        add_gpu_seconds(self._options.runs, self.row, part)
+        add_gpu_seconds(self._runs, self.row, part)
 
     def end(self) -> None:
         """After the process has ended."""

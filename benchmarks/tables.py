@@ -1,7 +1,9 @@
 """The tables in README.md, from the figures in docs/results.
 
-python benchmarks/tables.py            # writes them into README.md
-python benchmarks/tables.py --check    # only says whether README.md is up to date
+    python benchmarks/tables.py            # writes them into README.md
+    python benchmarks/tables.py --check    # only says whether README.md is up to date
+
+One of training steps, one of the paper's rows.
 """
 
 import argparse

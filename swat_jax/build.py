@@ -45,10 +45,8 @@ def build(
     if config.sparsity.distribution == "dense":
         norm_relu = BatchNormRelu if config.model.fused_batch_norm else NormRelu
         return _create(config, num_classes, image_shape, LayerTypes(norm_relu=norm_relu), rngs)
-    pack, fused = config.sparsity.pack, config.model.fused_batch_norm
-    if pack is None:
-        # Budgets that move may keep all of an input: with room for that packing saves next to none.
-        pack = kernels.packs() and config.sparsity.distribution != "momentum"
+    fused = config.model.fused_batch_norm
+    pack = packs(config.sparsity, kernels.packs())
     if fused is None:
         fused = pack or kernels.packs()
     layers = LayerTypes(
@@ -71,6 +69,19 @@ def build(
             dynamic_budget=config.sparsity.distribution == "momentum",
         )
     return model
+
+
+def packs(sparsity: Any, by_default: bool) -> bool:
+    """Whether a network keeps its activations packed.
+
+    Args:
+      sparsity: `config.sparsity`.
+      by_default: what it does where the config leaves it open, but under momentum: budgets that
+        move may keep all of an input, and with room for that packing saves next to none.
+    """
+    if sparsity.pack is None:
+        return by_default and sparsity.distribution != "momentum"
+    return sparsity.pack
 
 
 def build_dense(

@@ -26,7 +26,7 @@ from absl import flags
 
 from swat_jax import config_file, data, export, sparse_file, step, train
 from swat_jax.errors import UsageError
-from swat_jax.feed import Resident, Stream
+from swat_jax.feed import Stream
 
 
 def evaluate(weights: Path, config: Any) -> dict[str, float]:
@@ -48,9 +48,10 @@ def evaluate(weights: Path, config: Any) -> dict[str, float]:
     dataset = data.load(config, process_index=0, process_count=1)
     trainer, make_state = step.make_trainer(config, dataset.info, mesh)
     trees = export.trees_of(weights, arrays, make_state)
-    feed = (Resident if config.data.on_device else Stream)(trainer, dataset)
+    # From the host, whatever training does: each batch is used once.
+    batches = Stream(trainer, dataset).evaluation("test")
     placed = jax.device_put(trees, trainer.replicated)
-    return train.evaluate(trainer, feed.evaluation("test"), placed["params"], placed["batch_stats"])
+    return train.evaluate(trainer, batches, placed["params"], placed["batch_stats"])
 
 
 def main(argv: Sequence[str]) -> int:

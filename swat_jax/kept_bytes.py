@@ -100,7 +100,7 @@ def swat(
 ) -> list[Kept]:
     """What the network of a config keeps with the kernels, whether there are any here or not.
 
-    Activations are packed, but under momentum only if the config says so (see `swat_jax.build`).
+    Activations are packed as `swat_jax.build.packs` has it.
 
     Args:
       config: see `dense`; its method is a sparse one.
@@ -120,7 +120,7 @@ def swat(
             )
     packed = copy.deepcopy(config)
     packed.model.fused_batch_norm = True
-    packed.sparsity.pack = bool(packed.sparsity.pack) or packed.sparsity.distribution != "momentum"
+    packed.sparsity.pack = build.packs(packed.sparsity, by_default=True)
     return _trace_config(build.build, packed, num_classes, image_shape, batch_size)
 
 

@@ -138,11 +138,9 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
       others: runs with other settings.
       pictures: title -> file, from where the page lies.
     """
-    devices = sorted({run["device"] for runs in rows.values() for run in runs})
-    versions = sorted({run["versions"]["jax"] for runs in rows.values() for run in runs})
-    count = sum(len(runs) for runs in rows.values())
-    told = {run["note"] for runs in rows.values() for run in runs if "note" in run}
-    notes = [f"Files say of themselves: {note}." for note in sorted(told)]
+    every = [run for runs in rows.values() for run in runs]
+    # A note may say several things, and files mostly say the same.
+    notes = sorted({one for run in every if "note" in run for one in run["note"].split("; ")})
     lines = [
         "# The paper's CIFAR-10 table, reproduced",
         "",
@@ -154,10 +152,11 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
         "named below. FLOPs are by the paper's convention, of the sparsity that was asked for; of",
         "SWAT-M, where budgets move, as measured. GPU seconds are all the time that a run took,",
         "from its start to its end; of a GPU that several ran on at once, each has an equal part.",
-        *notes,
+        *(f"Files say of themselves: {note}." for note in notes),
     ]
-    if count:
-        every = [run for runs in rows.values() for run in runs]
+    if every:
+        devices = sorted({run["device"] for run in every})
+        versions = sorted({run["versions"]["jax"] for run in every})
         precisions = sorted({run["config"]["precision"] for run in every})
         dropped = [run["dropped_activations"] for run in every]
         known = [number for number in dropped if number is not None]
@@ -166,7 +165,7 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
             told += f"; runs of which it is not known: {len(dropped) - len(known)}"
         where = ", ".join([*devices, f"jax {', '.join(versions)}", *precisions])
         lines += [
-            f"{count} runs, on {where}.",
+            f"{len(every)} runs, on {where}.",
             f"Values to be saved that found no room: {told}.",
         ]
     else:
