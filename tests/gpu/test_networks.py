@@ -15,8 +15,8 @@ from tests.runs import digits, needs_library
 pytestmark = needs_library
 
 
-def loss_gradients_state(name, period, **options):
-    graph, params, rest = nnx.split(build(name, True, period), nnx.Param, ...)
+def loss_gradients_state(name, period, budgets="equal", **options):
+    graph, params, rest = nnx.split(build(name, True, period, budgets), nnx.Param, ...)
     x = jax.random.normal(jax.random.key(1), SHAPE)
     # Convolutions in full float32: with TF32 the two backends would select other values.
     with jax.default_matmul_precision("highest"):
@@ -29,14 +29,25 @@ def loss_gradients_state(name, period, **options):
 
 
 @pytest.mark.parametrize(
-    ("name", "period"), [*((name, 1) for name in NETWORKS), ("resnet", 10), ("imagenet", 10)]
+    ("name", "period", "budgets"),
+    [
+        *((name, 1, "equal") for name in NETWORKS),
+        ("resnet", 10, "equal"),
+        ("imagenet", 10, "equal"),
+        ("resnet", 10, "dynamic"),
+        ("imagenet", 1, "dynamic"),
+        ("imagenet", 1, "unlike"),
+    ],
 )
-def test_kernels_train_as_their_twins(name, period, monkeypatch):
-    """Float32, bounds as in tests/models/test_packing.py: sums are in another order."""
+def test_kernels_train_as_their_twins(name, period, budgets, monkeypatch):
+    """Float32, bounds as in tests/models/test_packing.py: sums are in another order.
+
+    Budgets are dynamic under SWAT-M; here some have grown, one so that all is kept.
+    """
     found = []
     for backend in ("cuda", "xla"):
         monkeypatch.setenv("SWAT_JAX_BACKEND", backend)
-        found.append(loss_gradients_state(name, period))
+        found.append(loss_gradients_state(name, period, budgets))
     (loss, gradients, state), (twin_loss, twin_gradients, twin_state) = found
     np.testing.assert_allclose(loss, twin_loss, rtol=1e-4)
     largest = max(np.abs(leaf).max() for leaf in twin_gradients)
