@@ -2,17 +2,19 @@
 
     python benchmarks/performance.py
 
-Nothing in that page is typed by hand but its explanations, which are here.
+Nothing in that page is typed by hand but its explanations, which are in `benchmarks/texts`.
 """
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from swat_jax import report_figures
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
+TEXTS = ROOT / "benchmarks/texts"
 # Share of the copy rate that is asked for at the largest size.
 MARKS = {"threshold": 0.6}
 DEFAULT_MARK = 0.7
@@ -157,7 +159,7 @@ def steps_section(found: dict[str, Any]) -> str:
         "",
         *marks_lines(found["steps"]),
         "",
-        *small_batch_lines([found, read("steps_h100")]),
+        *small_batch_lines([found]),
     ]
     return "\n".join(lines)
 
@@ -222,8 +224,7 @@ def small_batch_lines(reports: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"u90 at batch {SMALL_BATCH} and the paper's P. The authors' published code was measured",
         "on an NVIDIA H200, at the same batch. The peak holds what cuDNN's algorithms took when",
-        "they were chosen; XLA's plan has not. Rows of the H100 are of an earlier version, and of",
-        "steps that were dispatched one by one.",
+        "they were chosen; XLA's plan has not.",
         "",
         line_of(
             *("network", "GPU", "of dense", "mark", "images/s", "times the authors'", "mark"),
@@ -244,7 +245,7 @@ def small_batch_lines(reports: list[dict[str, Any]]) -> list[str]:
         lines.append(
             line_of(
                 network,
-                device.removeprefix("NVIDIA ").split()[0],
+                short_name(device),
                 f"{ratio:.2f}",
                 mark_of(SMALL_BATCH_TIME_MARK, round(ratio, 2) <= SMALL_BATCH_TIME_MARK, device),
                 f"{row['images_per_second']:.0f}",
@@ -298,130 +299,30 @@ def kept_section(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def profile_section(found: dict[str, Any], copy_rate: float) -> str:
-    lines = [f"{found['network']}, batch {found['batch']}:", ""]
+def profile_section(found: dict[str, Any], copy_rate: float | None) -> str:
+    """A network's kernels by kind; without a copy rate there is nothing to set them against."""
+    head = f"{found['network']}, batch {found['batch']}"
+    lines = [f"{head}:" if copy_rate else f"{head}, on an {found['device']}:", ""]
     for step in found["steps"]:
         busy, idle = step["kernel_ms"], step["idle_ms"]
         lines += [
             f"{step['method']}: {busy:.1f} ms in kernels, {idle:.1f} ms between them.",
             "",
-            "| | ms | launches | GB | GB/s | ms at the copy rate |",
-            "|---|---:|---:|---:|---:|---:|",
+            "| | ms | launches | GB | GB/s |" + (" ms at the copy rate |" if copy_rate else ""),
+            "|---|---:|---:|---:|---:|" + ("---:|" if copy_rate else ""),
         ]
         for kind in step["kinds"]:
-            shown = ("", "", "")
+            cells = [kind["kind"], f"{kind['ms']:.2f}", f"{kind['launches']:.0f}"]
             # Thresholds that are reused move next to nothing.
             if kind.get("bytes", 0) > 5e7:
                 moved = kind["bytes"] / 1e9
-                floor = moved / copy_rate * 1e3
-                shown = (f"{moved:.2f}", f"{kind['gb_per_s']:.0f}", f"{floor:.2f}")
-            cells = (kind["kind"], f"{kind['ms']:.2f}", f"{kind['launches']:.0f}", *shown)
+                cells += [f"{moved:.2f}", f"{kind['gb_per_s']:.0f}"]
+                cells += [f"{moved / copy_rate * 1e3:.2f}"] if copy_rate else []
+            else:
+                cells += [""] * (3 if copy_rate else 2)
             lines.append(line_of(*cells))
         lines.append("")
     return "\n".join(lines)
-
-
-STEP_MISSES = """### Where a mark is missed
-
-* **Where the gain comes from.** Dense training with our batch norm takes 0.93 of stock dense on
-  both ImageNet networks (`dense + our batch norm`; WRN-50-2: 0.95 of its fastest dense), 0.97 to
-  0.99 on small ones (DenseNet-121: 0.93, H100); u90 is faster than that on WRN-50-2, WRN-16-8 and
-  VGG-16, and a little slower on ResNet-50 (35.40 for 35.08 ms), ResNet-18 and DenseNet-121.
-  Sparsity brings the memory. That form has stock convs and dropout.
-* **Where the time of ResNet-50 goes** (0.94 of dense where 0.87 was to be shown, 1.00 with exact
-  thresholds where 0.92 was): convolutions take what they take in a dense step, but for the stem,
-  whose strides are folded into channels. Our ops move 62 GB, 15.7 ms at the rate of a copy, and
-  take 19.2; a dense step spends 21.1 ms in XLA's fusions. What is left above the floor: `unpack`
-  0.9 ms, packing 1.3, the stem's max pooling 0.4, sums and statistics 0.8. The mark is 32.8 ms:
-  convolutions (13.4), our ops at the rate of a copy (15.7), the rest (1.8) and what is between
-  kernels (1.3) are 32.2. So it takes fewer passes: faster ones could hardly reach it.
-* **What was tried, and what came of it**, in ms of a ResNet-50 step at batch 256 (H100): the
-  stem's conv with strides folded into channels, 3.0 to 1.1 with all that belongs to it (1.5 to 2
-  were expected); weight gradients made flat before the update, which then happens in place, 0.3
-  (0.3 were expected), after a barrier without it had changed nothing; search and packing in one
-  kernel in place of two, 7.5 to 6.4 ms for all batch norms (0.2 were expected: most of it came
-  from what the compiler then kept in registers, after a first version that spilled had taken
-  7.8); together 46.3 to 42.8.
-* **P = 1**: a limit is guessed from two million values, what reaches it is packed in the one pass
-  that normalises, and the exact threshold is found among what was packed. That took 51.5 ms
-  (H100) at first, more than the second pass over everything that it saves (48.8), because of what
-  does not depend on the size: a clock in the kernel showed 45 us for the guess and 25 for the
-  search. With selections that read all counts at once, one octet in flight after the other, and a
-  histogram in place of a bisection of the sample: 46.0 (45.5 were expected). Thresholds of
-  weights, one launch for each of 53 layers, took 1.2 ms; one launch for all of them takes P = 1
-  from 1.02 or 1.03 of dense to 1.00 (1.1 ms less were expected). The guess and the search are
-  what is left, 2.2 ms.
-* **WRN-16-8** met no mark of time before (1.03, 1.09 on an H100) and meets both now (0.94, 0.98).
-  Random bits of dropout took 0.9 ms of its 13: `jax.random` hashes a counter for every value.
-  Eight values of one hash, in a kernel that writes the bitmap (0.8 ms less were expected), and
-  weights' thresholds (0.35) are most of the difference.
-* **ResNet-18** (1.03, 1.12; before, on an H100, 1.09, 1.22): a conv's bias before a batch norm
-  has a gradient that is zero but for rounding. Not adding it up was to save 0.25 ms, the
-  thresholds of weights 0.4 at P = 1. Its kernels take 6.35 ms, those of dense 6.39, but the step
-  takes 6.80 and 6.58 (6.83 and 6.48 without CUDA graphs). There are fewer launches, 496 for 538.
-  What is left may be the host's: a call of ours asks the driver how many blocks fit before it
-  launches, which XLA's own kernels do not. It has not been measured.
-  Passes run at less than the copy rate, since tensors are small (batch norm and packing 0.84 ms
-  for 0.41 at the copy rate, statistics 0.30 for 0.16, sums 0.64 for 0.48, unpacking 0.35 for
-  0.20).
-* **WRN-50-2** meets both marks of time beside dense of its own run (53.17 and 55.30 for 59.00 ms:
-  0.90, 0.94), and misses them beside the fastest dense of all runs (57.33). That its dense steps
-  differ so much from run to run is not explained; what was said of ResNet-50 holds here, too.
-* **DenseNet-121**: every layer reads all layers before it, so there is a norm and a pack for
-  every conv, on many channels each. XLA plans 6.5 GiB for the dense step where layers keep 9.3:
-  it makes what it needs again in the backward pass, at no loss of time that shows, and does not
-  with our batch norm, whose passes it cannot take apart. That is why u90 takes 0.85 of dense,
-  though it keeps 0.59 of what dense keeps.
-* **Batch 128** (1.10 to 1.18 of dense on the H200; DenseNet-121 was measured on an H100 alone, and
-  dispatched step by step). No Python runs between the steps of a dispatch. Kernels of a VGG-16
-  step, traced one by one, take 2.16 ms dense (372 launches) and 2.11 at u90 (411); the steps, 1.99
-  and 2.34. So dense kernels follow each other without a gap, and at u90 a tenth of the time is
-  between them: launching. With XLA told to put convs into CUDA
-  graphs, too (`--xla_gpu_enable_command_buffer=+CONVOLUTION`), u90 takes 2.21 ms for 2.36 in the
-  same run; the dense step then fails in cuDNN (status 5003), so it is not the default. The peak of
-  small networks is that of the choice of cuDNN's algorithms, before the first step.
-* Beyond that: unpacking within the weight gradient (2.5 ms of ResNet-50), sums in the epilogue of
-  the forward convs (1.9 ms), batch norm and max pooling of the stem in one pass (0.8 ms).
-* **Memory of ResNet-50.** Kept are 5,427 MiB of inputs of batch norm, 168 MiB of signs, 733 MiB
-  of packed activations and 49 MiB of who won in max pooling: 6,377 MiB, 0.62 of the dense peak
-  (`python -m swat_jax.flops --config configs/imagenet_resnet50.py:u90 --bytes` adds images,
-  masked weights and small arrays). Weights, momentum, masked weights and images add 281 MiB.
-  Going lower takes keeping less: the inputs of the norms of projecting shortcuts are 735 MiB,
-  that of the stem's norm 392 MiB. WRN-50-2 misses its mark by what its larger weights add.
-
-Not measured: other distributions, 80 % and the naive form at batch 128; dense with our batch norm
-and with `jax.checkpoint` of DenseNet-121 (0.93 and 1.12 of the time of dense on an H100 with an
-earlier version). A threshold of the step before (`delayed`) is not written: to find it for the
-next step takes what the exact one takes here, the search among what was packed, and where the old
-threshold keeps fewer values than are wanted, another pass. As a guess it would save half of the
-50 us that guess and search take, and miss whenever a threshold moves by more than a hundredth.
-
-A guess is of use where about 2 to 10 % are kept. Below that one bf16 number may hold more values
-than there is room for, and there is none; and where hardly more values are positive than are
-kept, all else being zero, it does not tell, and everything is searched as before.
-"""
-
-MISSES = """### Where a mark of an op is missed
-
-* **normalize + exact pack** moves no more than with a given threshold, since the exact one is
-  found among what a guess kept (with the two passes over the values that it took before, 0.41 GB
-  more would have to be moved, and 0.371 ms were 89 % of the copy rate). The guess and the search
-  take 50 us whatever the size. With a residual it is the same: 0.501 ms for 0.413.
-* **unpack** takes a threshold, below which it leaves zeros, since packed is what a guess let in.
-  Without one it took 0.153 ms in an earlier run, 80 % of the copy rate.
-* **thresholds of 50 parts** has no mark: it is made for weights, of which there are few, and the
-  values here are as many as no network has. It reads them twice.
-* **pack** reads its input once. The profiler (Nsight Compute, H100) said of an earlier version: 146
-  instructions for eight values of every lane, where some 60 do the work; a tenth of the time at the
-  barrier where the counts of all blocks are awaited; misses of the instruction cache. Since then
-  whole spans of values are packed without looking for their end, pairs of 16-bit values are
-  converted in one instruction, and several rounds may wait in shared memory for their place. Deeper
-  queues of loads brought it from 0.33 to 0.28 ms (H100); rounds that wait, to 0.27, and with the
-  norm from 0.46 to 0.41. Without effect: writing what was packed without branches, the ranks of
-  eight tiles side by side, more blocks on a multiprocessor; slower: a first pass that marks what is
-  kept and a second that gathers it.
-  In training it runs alone where no batch norm comes before: twice in a ResNet-50 step, 0.1 ms.
-"""
 
 
 def equivalence_section(found: dict[str, Any]) -> str:
@@ -459,38 +360,60 @@ def equivalence_section(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def several_section(alone: dict[str, Any], mps: dict[str, Any]) -> str:
-    found = {(row["way"], row["at_once"]): row["images_per_second"] for row in alone["rows"]}
-    found |= {("mps", row["at_once"]): row["images_per_second"] for row in mps["rows"]}
-    counts = sorted({count for _, count in found})
+def several_section(reports: Sequence[dict[str, Any]]) -> str:
+    rows: dict[str, dict[int, float]] = {}
+    for found in reports:
+        mps = " under MPS" if found["mps"] else ""
+        for row in found["rows"]:
+            way = {"processes": f"processes{mps}", "vmap": "seeds under `jax.vmap`"}[row["way"]]
+            counted = rows.setdefault(f"{short_name(found['device'])}, {way}", {})
+            counted[row["at_once"]] = row["images_per_second"]
+    counts = sorted({count for counted in rows.values() for count in counted})
     lines = [
         "## Several runs on one GPU",
         "",
-        f"Images per second of all runs together, {alone['network']}, {alone['method']}, on an",
-        f"{alone['device']}, {alone['date']}: `python benchmarks/several_runs.py`. MPS is NVIDIA's",
-        "service through which kernels of several processes run at the same time",
-        "(`nvidia-cuda-mps-control -d`). Without it processes take turns, and lose a little. Seeds",
-        "under `jax.vmap` turn convs into grouped ones, and the branches of thresholds that are",
-        "refreshed early into selections that compute both sides. Those with MPS are of a run of",
-        "their own: one process alone differs by a tenth between the two.",
-        "These were counted until the last process had ended, the script counts while all work.",
-        *(
-            f"({note[0].upper()}{note[1:]}.)"
-            for note in {alone.get("note"), mps.get("note")}
-            if note
-        ),
+        f"Images per second of all runs together, {reports[0]['network']}, {reports[0]['method']}:",
+        "`python benchmarks/several_runs.py`. MPS is NVIDIA's service through which kernels of",
+        "several processes run at the same time (`nvidia-cuda-mps-control -d`). Without it they",
+        "take turns, and lose a little. Seeds under `jax.vmap` turn convs into grouped ones, and",
+        "the branches of thresholds that are refreshed early into selections that compute both",
+        "sides. Those of the H200 were counted until the last process had ended and are as printed",
+        "by the runs, whose files were lost; those of the H100 while all work. On the H200 one",
+        "process alone differs by a tenth between two runs.",
         "",
         line_of("", *(f"{count} at once" for count in counts)),
         "|---" + "|---:" * len(counts) + "|",
     ]
-    for way, name in (
-        ("processes", "processes"),
-        ("mps", "processes under MPS"),
-        ("vmap", "seeds under `jax.vmap`"),
-    ):
-        cells = (f"{found[way, n]:,.0f}" if (way, n) in found else "" for n in counts)
-        lines.append(line_of(name, *cells))
+    for name, counted in rows.items():
+        lines.append(line_of(name, *(f"{counted[n]:,.0f}" if n in counted else "" for n in counts)))
     return "\n".join(lines)
+
+
+def graphs_section(found: dict[str, Any]) -> str:
+    """What launching takes at a small batch."""
+    rows = {(row["network"], row["method"], row["graphs"]): row["ms"] for row in found["steps"]}
+    ways = list(dict.fromkeys(row["graphs"] for row in found["steps"]))
+    lines = [
+        "### CUDA graphs at batch 128",
+        "",
+        f"ms of a step on an {found['device']}, {found['date']}:",
+        "`python benchmarks/cuda_graphs.py` without CUDA graphs, with XLA's default, and with",
+        "convolutions in them (`XLA_FLAGS=--xla_gpu_enable_command_buffer=+CONVOLUTION`).",
+        *([f"({found['note'][0].upper()}{found['note'][1:]}.)"] if "note" in found else []),
+        "",
+        line_of("network, batch", "method", *ways),
+        "|---|---" + "|---:" * len(ways) + "|",
+    ]
+    for network, method in dict.fromkeys(key[:2] for key in rows):
+        shown = (rows.get((network, method, way)) for way in ways)
+        cells = ("" if ms is None else f"{ms:.2f}" for ms in shown)
+        lines.append(line_of(f"{network}, {SMALL_BATCH}", method, *cells))
+    return "\n".join(lines)
+
+
+def short_name(device: str) -> str:
+    """H100 of NVIDIA H100 80GB HBM3."""
+    return device.removeprefix("NVIDIA ").split()[0]
 
 
 def read(name: str) -> Any:
@@ -505,6 +428,10 @@ def page() -> str:
         profile_section(read(f"step_profile_{network}_h200"), copy_rate)
         for network in ("resnet50", "wrn16_8", "resnet18", "vgg16_128")
     ]
+    profiles += [
+        profile_section(read(f"step_profile_{network}_h100"), None)
+        for network in ("wrn50_2", "densenet121", "resnet18_128", "wrn16_8_128")
+    ]
     parts = [
         "# Performance",
         "",
@@ -512,7 +439,7 @@ def page() -> str:
         "",
         steps_section(read("steps_h200")),
         "",
-        STEP_MISSES,
+        (TEXTS / "steps.md").read_text(),
         kept_section(read("kept")),
         "",
         "### Where the time goes",
@@ -522,10 +449,12 @@ def page() -> str:
         "graphs. Bytes are what an op of ours has to move.",
         "",
         *profiles,
+        graphs_section(read("cuda_graphs_h100")),
+        "",
         ops_section(ops),
         "",
-        MISSES,
-        several_section(read("several_runs_h200"), read("several_runs_mps_h200")),
+        (TEXTS / "ops.md").read_text(),
+        several_section([read(f"several_runs_{run}") for run in ("h200", "mps_h200", "mps_h100")]),
         "",
         equivalence_section(read("equivalence_h200")),
         "",

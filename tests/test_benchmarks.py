@@ -243,6 +243,40 @@ for line in sys.stdin:
 """
 
 
+def test_every_way_of_graphs_has_its_flags_and_the_environment_stays(load, monkeypatch):
+    load("steps")
+    script = load("cuda_graphs")
+    monkeypatch.setenv("XLA_FLAGS", "--given")
+    flags = []
+
+    class Member(script.steps.Member):
+        def __init__(self, network, method, options, folder):
+            flags.append((method, os.environ["XLA_FLAGS"]))
+            self.network, self.method, self.error = network, method, ""
+            self.facts, self.times = {"method": method, "threshold_every_steps": 4}, []
+
+        def compiled(self):
+            return True
+
+        def time(self):
+            found = {"reused_ms": 2.0, "refreshed_ms": 6.0, "peak_mib": 1}
+            self.times.append(found)
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(script.steps, "Member", Member)
+    options = argparse.Namespace(methods=["dense", "u90"], graphs=["none", "default"], rounds=2)
+    rows = script.measure("cifar10_vgg16:16", options)
+    off = "--given --xla_gpu_enable_command_buffer="
+    assert flags == [(method, f) for method in ("dense", "u90") for f in (off, "--given")]
+    assert os.environ["XLA_FLAGS"] == "--given"
+    assert [(row["method"], row["graphs"]) for row in rows] == [
+        ("dense", "none"), ("dense", "default"), ("u90", "none"), ("u90", "default"),
+    ]  # fmt: skip
+    assert {row["ms"] for row in rows} == {3.0}
+
+
 def test_images_of_several_runs_are_added_up(load, monkeypatch, tmp_path, capsys):
     script, started = load("several_runs"), []
 
