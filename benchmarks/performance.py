@@ -159,7 +159,7 @@ def steps_section(found: dict[str, Any]) -> str:
         "",
         *marks_lines(found["steps"]),
         "",
-        *small_batch_lines([found]),
+        *small_batch_lines([found, read("steps_h100")]),
     ]
     return "\n".join(lines)
 
@@ -224,7 +224,8 @@ def small_batch_lines(reports: list[dict[str, Any]]) -> list[str]:
     lines = [
         f"u90 at batch {SMALL_BATCH} and the paper's P. The authors' published code was measured",
         "on an NVIDIA H200, at the same batch. The peak holds what cuDNN's algorithms took when",
-        "they were chosen; XLA's plan has not.",
+        "they were chosen; XLA's plan has not. Rows of the H100 are of an earlier version, and of",
+        "steps that were dispatched one by one; for their time see the CUDA graphs below.",
         "",
         line_of(
             *("network", "GPU", "of dense", "mark", "images/s", "times the authors'", "mark"),
