@@ -46,6 +46,7 @@ from swat_jax.sparsity.top_k import Count
 from swat_jax.sparsity.varying import varying_like
 
 Padding = str | Sequence[tuple[int, int]]
+_WEIGHT_GRADIENTS = ("dense", "sparse")
 Precision = Any  # what `jax.lax` takes; it has no public name for it
 
 
@@ -69,6 +70,7 @@ def swat_conv(
     capacity: int | None = None,
     precision: Precision = None,
     preferred_element_type: Any = None,
+    weight_gradient: str = "dense",
 ) -> jax.Array:
     """Convolution with sparse weights, whose backward pass has sparse weights and activations.
 
@@ -102,6 +104,10 @@ def swat_conv(
         zeros.
       precision: as in `jax.lax.conv_general_dilated`.
       preferred_element_type: as there.
+      weight_gradient: ``dense`` unpacks the saved input for XLA's product; ``sparse`` computes
+        from its packed form, with sums in float32
+        (`swat_jax.kernels.sparse_conv_weight_gradient`). What that does not take is computed as
+        with ``dense``; a warning says so once.
 
     Returns:
       (N, *spatial, out) of the type of ``x``, or of ``preferred_element_type``.
@@ -126,6 +132,11 @@ def swat_conv(
             f"kernel {kernel.shape} does not fit x {x.shape} with feature_group_count {groups}: "
             "needs kernel.shape[-2] * groups == x.shape[-1] and whole groups of outputs"
         )
+    if weight_gradient not in _WEIGHT_GRADIENTS:
+        raise UsageError(
+            f"weight_gradient must be one of {', '.join(_WEIGHT_GRADIENTS)}; "
+            f"got {weight_gradient!r}"
+        )
     conv = Convolution(
         strides=_per_axis(strides, spatial, "strides"),
         padding=_padding(padding, spatial),
@@ -142,7 +153,13 @@ def swat_conv(
     activations = _activation_selection(
         x, packed, activation_sparsity, activation_keep, activation_threshold
     )
-    return _swat_product(conv, granularity, capacity, x, kernel, packed, weights, activations)
+    is_packed = packed is not None or capacity is not None
+    sparse = weight_gradient == "sparse" and kernels.takes_weight_gradient(
+        conv, x, kernel, is_packed
+    )
+    return _swat_product(
+        conv, granularity, capacity, x, kernel, packed, weights, activations, sparse=sparse
+    )
 
 
 def swat_linear(
@@ -284,6 +301,8 @@ def _swat_product(
     packed: Packed | None,
     weights: _Selection,
     activations: _Selection,
+    *,
+    sparse: bool = False,
 ) -> jax.Array:
     if capacity is not None and (isinstance(capacity, bool) or capacity < 1):
         raise UsageError(f"capacity must be a whole number of values >= 1, got {capacity!r}")
@@ -293,7 +312,7 @@ def _swat_product(
     x, kernel, packed, weights, activations = jax.tree.map(
         lambda leaf: varying_like(leaf, everything), everything
     )
-    rule = _Rule(product, granularity, kernel.dtype, capacity)
+    rule = _Rule(product, granularity, kernel.dtype, capacity, sparse)
     return _product(rule, x, kernel, packed, weights, activations)
 
 
@@ -303,6 +322,7 @@ class _Rule:
     granularity: str
     kernel_dtype: Any
     capacity: int | None
+    sparse: bool  # whether the weight gradient is computed from a packed input as it is
 
     def masked_weights(self, kernel: jax.Array, keep: _Selection, dtype: Any) -> jax.Array:
         if keep == (None, None):
@@ -363,6 +383,14 @@ def _product_backward(
     residuals, dy = lax.optimization_barrier((residuals, dy))
     kernel = residuals.kernel
     x = residuals.x
+    if isinstance(x, Packed) and rule.sparse:
+        assert isinstance(rule.product, Convolution)
+        window = (kernel.shape[0], kernel.shape[1])
+        dw = kernels.sparse_conv_weight_gradient(x, residuals.least, dy, rule.product, window)
+        # The product is linear in its input: only the type of that matters.
+        dense = jax.eval_shape(packing.unpack, x)
+        (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), dense)(dy)
+        return dx, dw.astype(rule.kernel_dtype), None, None, None
     if isinstance(x, Packed):
         x = kernels.unpack(x, residuals.least)
     (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), x)(dy)

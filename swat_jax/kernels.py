@@ -1,10 +1,10 @@
 """The ops that have a hand-written GPU kernel; the only door to them.
 
 Each op is defined by its jax.numpy twin (`swat_jax.sparsity.top_k`, `swat_jax.sparsity.packing`,
-`swat_jax.batch_norm`, `swat_jax.max_pool`). The backend "xla" is the twin itself, compiled by XLA,
-and runs everywhere. The backend "cuda" calls the kernels of `ops/` on NVIDIA GPUs, and the twin on
-other devices and for float64. With it goes "fold", which is no kernel but another way to ask cuDNN
-for one of its own (`swat_jax.convolution`).
+`swat_jax.batch_norm`, `swat_jax.max_pool`, `swat_jax.sparse_convolution`). The backend "xla" is
+the twin itself, compiled by XLA, and runs everywhere. The backend "cuda" calls the kernels of
+`ops/` on NVIDIA GPUs, and the twin on other devices and for float64. With it goes "fold", which is
+no kernel but another way to ask cuDNN for one of its own (`swat_jax.convolution`).
 
 Environment:
   SWAT_JAX_BACKEND: ``cuda`` or ``xla``; by default ``cuda`` where there is a GPU and the library.
@@ -26,15 +26,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from swat_jax import batch_norm, dropout_bits, native
+from swat_jax import batch_norm, dropout_bits, native, sparse_convolution
 from swat_jax.batch_norm import Vectors
+from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_axes, varying_like
 
-OPS = ("threshold", "pack", "unpack", "batch_norm", "max_pool", "dropout_bits", "fold")
+OPS = (
+    "threshold",
+    "pack",
+    "unpack",
+    "batch_norm",
+    "max_pool",
+    "dropout_bits",
+    "fold",
+    "sparse_conv",
+)
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 # Sizes that handlers check: `Counts`, `selection_words`, `kCountsOfOne`, `Cut::words` in ops/.
@@ -511,6 +521,110 @@ def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
         return bitmap
 
     return kernel(words) if size >= _TWIN_LIMIT else _choose(kernel, twin, words)
+
+
+def takes_weight_gradient(
+    conv: Convolution, x: jax.Array, kernel: jax.Array, is_packed: bool
+) -> bool:
+    """Whether `sparse_conv_weight_gradient` takes the gradient of ``kernel``.
+
+    If not, it says why, once.
+
+    Args:
+      conv: the convolution.
+      x: its input.
+      kernel: its kernel.
+      is_packed: whether ``x`` is kept in packed form.
+    """
+    reason = "" if is_packed else "x is not kept packed"
+    reason = reason or sparse_convolution.refusal(conv, x.shape, x.dtype, kernel.shape)
+    if not reason and _has_kernel("sparse_conv", x.dtype) and not _has_matrix_units():
+        reason = "the GPU is older than compute capability 8.0"
+    if reason:
+        _warn_once(
+            f"the weight gradient of the convolution of x {x.shape} with a kernel {kernel.shape} "
+            f"is computed from dense activations: {reason}"
+        )
+    return not reason
+
+
+def sparse_conv_weight_gradient(
+    packed: Packed,
+    least: jax.Array | float | None,
+    dy: jax.Array,
+    conv: Convolution,
+    window: tuple[int, int],
+    tile: tuple[int, int] | None = None,
+) -> jax.Array:
+    """The gradient of a kernel; see `swat_jax.sparse_convolution.weight_gradient`.
+
+    Args:
+      packed: the input (N, height, width, in), of bfloat16 or float16.
+      least: if given, packed values whose magnitude is smaller are left out.
+      dy: (N, rows, columns, out), the gradient of the output, of the same type.
+      conv: the convolution.
+      window: height and width of the kernel.
+      tile: input and output channels of a block of the CUDA kernel, one of
+        `swat_jax.sparse_convolution.tiles`; None: chosen by the numbers of channels.
+
+    Returns:
+      (*window, in, out), float32.
+
+    Raises:
+      UsageError: for what `swat_jax.sparse_convolution.refusal` refuses, shapes or types that do
+        not fit, or a tile that there is not.
+    """
+    kernel = (*window, packed.shape[-1], dy.shape[-1])
+    if reason := sparse_convolution.refusal(conv, packed.shape, packed.dtype, kernel):
+        raise UsageError(f"packed has no weight gradient of its own: {reason}")
+    plain = dataclasses.replace(conv, folds=False)
+    x, weights = (jax.ShapeDtypeStruct(shape, packed.dtype) for shape in (packed.shape, kernel))
+    output = jax.eval_shape(plain, x, weights)
+    if dy.shape != output.shape or dy.dtype != packed.dtype:
+        raise UsageError(
+            f"dy must be like the output, {packed.dtype}{list(output.shape)}; "
+            f"got {dy.dtype}{list(dy.shape)}"
+        )
+    allowed = sparse_convolution.tiles(conv, packed.shape, window)
+    if tile is not None and tile not in allowed:
+        raise UsageError(f"tile must be one of {allowed}, got {tile}")
+    if 0 in (*packed.shape, *dy.shape):
+        return jnp.zeros(kernel, jnp.float32)
+
+    def twin(packed: Packed, least: jax.Array | None, dy: jax.Array) -> jax.Array:
+        return sparse_convolution.weight_gradient(packed, least, dy, conv, window)
+
+    def call(packed: Packed, least: jax.Array | None, dy: jax.Array) -> jax.Array:
+        cut = sparse_convolution.cut(conv, packed.shape, dy.shape, window, tile)
+        (low_y, _), (low_x, _) = sparse_convolution.pads(conv, packed.shape[1:-1], window)
+        limit = jnp.zeros((), jnp.float32) if least is None else least.astype(jnp.float32)
+        dw, _ = _call(
+            "sparse_conv_weight_gradient",
+            (
+                jax.ShapeDtypeStruct(kernel, jnp.float32),
+                jax.ShapeDtypeStruct((cut.splits * math.prod(kernel),), jnp.float32),
+            ),
+            *(packed.values, packed.bitmap, packed.offsets, limit, dy),
+            input=np.array(packed.shape[1:-1], np.int64),
+            strides=np.array(conv.strides, np.int64),
+            lows=np.array((low_y, low_x), np.int64),
+            tile=np.array(cut.tile, np.int64),
+            splits=np.int64(cut.splits),
+            gathers=cut.gathers,
+        )
+        return dw
+
+    limit = None if least is None else jnp.asarray(least)
+    if not _has_kernel("sparse_conv", packed.dtype):
+        return twin(packed, limit, dy)
+    return _choose(call, twin, packed, limit, dy)
+
+
+def _has_matrix_units() -> bool:
+    """Whether the GPU has the tensor cores that kernels use; another device is not asked."""
+    if jax.default_backend() != "gpu":
+        return True
+    return float(getattr(jax.devices()[0], "compute_capability", "8.0")) >= 8
 
 
 def _threshold(

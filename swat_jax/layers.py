@@ -347,6 +347,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
       granularity: ``unstructured``, ``channel`` or ``filter``.
       threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
       pack: whether the saved input is packed; None: where `kernels.packs()` says so.
+      weight_gradient: ``dense`` or ``sparse``, see `swat_jax.functional.swat_conv`.
 
     Raises:
       UsageError: if one of them is out of range.
@@ -369,6 +370,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
         granularity: str = "unstructured",
         threshold_every_steps: int = 1,
         pack: bool | None = None,
+        weight_gradient: str = "dense",
         **kwargs: Any,
     ) -> None:
         # An own function that promotes types is obeyed; the stock one would round the kernel
@@ -378,6 +380,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
         super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
         # What is left is the method below, which the stock layer then calls.
         del self.conv_general_dilated
+        self.weight_gradient = weight_gradient
         self._start(granularity, weight_sparsity, activation_sparsity, threshold_every_steps, pack)
 
     def __call__(
@@ -432,6 +435,8 @@ class SwatConv(nnx.Conv, _SwatLayer):
             granularity=self.granularity,
             precision=precision,
             preferred_element_type=preferred_element_type,
+            # Without training nothing is saved.
+            weight_gradient="dense" if self.deterministic else self.weight_gradient,
             **self._selection(given or Activation(lhs), lhs, rhs),
         )
 

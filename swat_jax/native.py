@@ -36,6 +36,7 @@ HANDLERS = (
     "batch_norm_gradient",
     "max_pool_gradient",
     "dropout_bits",
+    "sparse_conv_weight_gradient",
 )
 
 

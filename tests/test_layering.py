@@ -28,6 +28,7 @@ LEVELS = (
         "native",
     },
     {"batch_norm", "max_pool", "dropout_bits", "convolution", "activations"},
+    {"sparse_convolution"},
     {"kernels", "config_file"},
     {"functional", "self_test"},
     {"layers", "linen", "dropout"},
