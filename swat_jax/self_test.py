@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from swat_jax import batch_norm, dropout_bits, kernels
+from swat_jax import batch_norm, dropout_bits, kernels, sparse_convolution
+from swat_jax.convolution import Convolution
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
 
@@ -130,6 +131,28 @@ def _dropout_bits() -> str:
     return _differs("dropout", found, dropout_bits.draw(words, 10_001, 2**14))
 
 
+def _sparse_conv() -> str:
+    ones = (1, 1)
+    for dtype in (jnp.bfloat16, jnp.float16):
+        for window, strides, channels in (((1, 1), ones, 96), ((3, 3), (2, 2), 40)):
+            keys = jax.random.split(jax.random.key(3), 2)
+            x = jax.random.normal(keys[0], (3, 13, 14, channels)).astype(dtype)
+            limit = top_k.threshold(x, x.size // 10).astype(jnp.float32)
+            packed = packing.pack(x, limit / 2, x.size)
+            conv = Convolution(strides, "SAME", ones, ones)
+            size = tuple(-(-s // stride) for s, stride in zip((13, 14), strides, strict=True))
+            dy = jax.random.normal(keys[1], (3, *size, 72)).astype(dtype)
+            found = jax.jit(
+                lambda p, t, dy, c=conv, w=window: kernels.sparse_conv_weight_gradient(
+                    p, t, dy, c, w
+                )
+            )(packed, limit, dy)
+            expected = sparse_convolution.weight_gradient(packed, limit, dy, conv, window)
+            if message := _differs(f"{window}", found, expected, 1e-5):
+                return f"{jnp.dtype(dtype).name}: {message}"
+    return ""
+
+
 SELF_TESTS: dict[str, Callable[[], str]] = {
     "threshold": _for_each_type(_threshold),
     "pack": _for_each_type(_pack),
@@ -137,4 +160,5 @@ SELF_TESTS: dict[str, Callable[[], str]] = {
     "batch_norm": _for_each_type(_batch_norm),
     "max_pool": _for_each_type(_max_pool),
     "dropout_bits": _dropout_bits,
+    "sparse_conv": _sparse_conv,
 }

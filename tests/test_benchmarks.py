@@ -355,3 +355,30 @@ def test_the_tables_of_the_readme_are_those_of_the_results():
     script = pathlib.Path(__file__).parents[1] / "benchmarks" / "tables.py"
     told = subprocess.run([sys.executable, script, "--check"], capture_output=True, check=False)
     assert told.returncode == 0, told.stdout.decode() + told.stderr.decode()
+
+
+def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
+    sparse_conv = load("sparse_conv")
+    found = sparse_conv.problems(["imagenet_resnet50"], every=False)
+    marks = [one.name for one in found if one.is_mark]
+    expected = {"1x1 64->256 @56", "1x1 256->64 @56", "1x1 128->512 @28", "1x1 512->128 @28"}
+    assert set(marks) == expected
+    assert [one.name for one in found[:4]] == marks
+    # Sixteen blocks of two, the first of a stage with one more.
+    assert sum(one.layers for one in found) == 2 * 16 + 4
+    (problem,) = [one for one in found if one.name == "1x1/2 256->512 @56"]
+    assert problem.operations == 2 * 256 * 256 * 512 * 28**2
+    everything = sparse_conv.problems(list(sparse_conv.NETWORKS), every=True)
+    assert {one.window for one in everything} == {(1, 1), (3, 3)}
+
+    monkeypatch.setattr(sparse_conv, "COUNT", 1)
+    monkeypatch.setattr(sparse_conv, "REPEATS", 1)
+    small = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (4, 4), 2)
+    row = sparse_conv.measure(small, 0.75, True, (1e6, 1e6), 0.0)
+    assert row["operations"] == 2 * 2 * 9 * 16 * 8 * 16
+    assert row["bytes"] == 2 * 512 + 2048 / 8 + 4 + 2 * 256 + 4 * 9 * 16 * 8
+    assert row["error"] < 2**-7
+    assert set(row["tiles_ms"]) == {"64x64", "128x128"}
+    first, second = sparse_conv.lines(row)
+    assert "3x3/2 16->8 @8" in first
+    assert "128x128" in second

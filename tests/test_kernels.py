@@ -94,6 +94,25 @@ def test_the_gradient_of_batch_norm_lowers_to_kernels(cuda, monkeypatch):
 
 
 @needs_library
+def test_a_weight_gradient_lowers_to_its_kernel(cuda, monkeypatch):
+    x, kernel = jnp.ones((2, 4, 4, 24), jnp.bfloat16), jnp.ones((1, 1, 24, 8))
+
+    def loss(x, kernel):
+        y = functional.swat_conv(
+            x, kernel, weight_sparsity=0.5, activation_sparsity=0.5, capacity=400,
+            weight_gradient="sparse",
+        )  # fmt: skip
+        return jnp.sum(y.astype(jnp.float32))
+
+    text = lowered(jax.grad(loss, (0, 1)), x, kernel)
+    assert "swat_jax_sparse_conv_weight_gradient" in text
+    assert "swat_jax_unpack" not in text
+    monkeypatch.setenv("SWAT_JAX_XLA_OPS", "sparse_conv")
+    text = lowered(jax.grad(loss, (0, 1)), x, kernel)
+    assert "swat_jax_sparse_conv" not in text
+
+
+@needs_library
 def test_on_the_cpu_a_program_with_kernels_computes_as_one_without(monkeypatch):
     x = jax.random.normal(jax.random.key(0), (500,))
 

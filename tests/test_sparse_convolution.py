@@ -250,7 +250,7 @@ def test_cuts_cover_everything_with_blocks_for_a_large_gpu(window, channels):
             blocks = cut.splits * window[0] * window[1]
             blocks *= -(-inputs // cut.tile[0]) * -(-outputs // cut.tile[1])
             assert blocks <= 264 or cut.splits == 1
-        assert cut.gathers == (window != (1, 1) or inputs > 960)
+            assert cut.gathers == (window != (1, 1) or inputs > 960)
 
 
 # What is missing or wrong in one line of the kernel, and has to be found.

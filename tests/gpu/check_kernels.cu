@@ -21,6 +21,7 @@
 #include "dropout.cu"
 #include "max_pool.cu"
 #include "pack.cu"
+#include "sparse_conv.cu"
 #include "thresholds.cu"
 
 namespace swat {
@@ -494,6 +495,103 @@ void run_dropout(int64_t scale) {
   bitmap.expect_zones_untouched("around what dropout keeps");
 }
 
+// The weight gradient from packed activations, of small whole numbers, whose sums are exact.
+template <typename T, int M, int N, bool kGathers>
+void run_sparse_conv(conv::Shape shape, uint32_t images, double share, uint32_t splits, int repeats) {
+  shape.pixels = images * shape.rows * shape.columns;
+  const int64_t n = int64_t{images} * shape.height * shape.width * shape.in;
+  const int64_t sums = int64_t{shape.taps()} * shape.in * shape.out;
+  std::mt19937 generator(5);
+  std::vector<float> x(n, 0.f);
+  std::vector<uint32_t> bitmap(bitmap_words(n), 0), offsets;
+  std::vector<T> values, dy(int64_t{shape.pixels} * shape.out);
+  for (int64_t i = 0; i < n; ++i) {
+    if (i % kTile == 0) offsets.push_back(static_cast<uint32_t>(values.size()));
+    if (generator() % 1000 >= share * 1000) continue;
+    const float value = static_cast<float>(1 + generator() % 4);
+    bitmap[i / 32] |= 1u << i % 32;
+    values.push_back(T(value));
+    if (value >= 2.f) x[i] = value;  // 1 is left out
+  }
+  if (values.empty()) values.push_back(T(0.f));
+  for (T& value : dy) value = T(static_cast<float>(static_cast<int>(generator() % 9) - 4));
+  std::vector<double> expected(sums, 0.0);
+  for (uint32_t q = 0; q < shape.pixels; ++q) {
+    for (uint32_t tap = 0; tap < shape.taps(); ++tap) {
+      const uint32_t pixel = shape.input_pixel(q, tap);
+      if (pixel == conv::kNowhere) continue;
+      for (uint32_t i = 0; i < shape.in; ++i) {
+        const double factor = x[int64_t{pixel} * shape.in + i];
+        if (factor == 0) continue;
+        for (uint32_t o = 0; o < shape.out; ++o) {
+          expected[(int64_t{tap} * shape.in + i) * shape.out + o] +=
+              factor * host_float(dy[int64_t{q} * shape.out + o]);
+        }
+      }
+    }
+  }
+  Buffer<T> packed(values.size()), gradient(dy.size());
+  Buffer<uint32_t> bits(bitmap.size()), starts(offsets.size());
+  Buffer<float> least(1);
+  packed.set(values), gradient.set(dy), bits.set(bitmap), starts.set(offsets), least.set({2.f});
+  std::vector<std::unique_ptr<Buffer<float>>> partial, result;
+  cudaStream_t streams[2];
+  for (cudaStream_t& stream : streams) {
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    partial.push_back(std::make_unique<Buffer<float>>(splits * sums));
+    result.push_back(std::make_unique<Buffer<float>>(sums));
+  }
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (int s = 0; s < 2; ++s) {
+      const conv::Problem problem = {shape,
+                                     reinterpret_cast<const uint16_t*>(packed.get()),
+                                     bits.get(),
+                                     starts.get(),
+                                     reinterpret_cast<const uint16_t*>(gradient.get()),
+                                     partial[s]->get(),
+                                     static_cast<uint32_t>(values.size()),
+                                     static_cast<uint32_t>(bitmap.size()),
+                                     splits};
+      check_cuda(launch_tiles<T, M, N, kGathers>(streams[s], problem, least.get()),
+                 "weight gradient");
+      add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), kThreads, 0, streams[s]>>>(
+          partial[s]->get(), splits, sums, result[s]->get());
+      check_cuda(cudaGetLastError(), "sums of splits");
+    }
+    check_cuda(cudaDeviceSynchronize(), "weight gradient");
+    for (const auto& one : result) {
+      const auto found = one->read();
+      bool same = true;
+      for (int64_t i = 0; i < sums; ++i) same &= found[i] == expected[i];
+      if (!same) std::printf("tile %d x %d, gathers %d:\n", M, N, kGathers);
+      expect(same, "weight gradient from packed activations");
+    }
+  }
+  for (int s = 0; s < 2; ++s) {
+    partial[s]->expect_zones_untouched("around the parts of weight gradients");
+    result[s]->expect_zones_untouched("around the weight gradient");
+    check_cuda(cudaStreamDestroy(streams[s]), "stream");
+  }
+}
+
+template <typename T>
+void run_sparse_convs(uint32_t scale, int repeats) {
+  const auto plain = [&](uint32_t pixels, uint32_t in, uint32_t out) {
+    return conv::Shape{1, pixels, in, 1, pixels, out, 0, {1, 1}, {1, 1}, {0, 0}};
+  };
+  for (const double share : {0.1, 1.0}) {
+    run_sparse_conv<T, 64, 64, false>(plain(50 * scale + 1, 40, 72), 2, share, 2, repeats);
+    run_sparse_conv<T, 64, 256, false>(plain(50 * scale, 64, 256), 2, share, 3, repeats);
+    run_sparse_conv<T, 128, 128, false>(plain(40 * scale, 264, 128), 2, share, 2, repeats);
+    run_sparse_conv<T, 128, 256, false>(plain(40 * scale, 128, 264), 2, share, 2, repeats);
+    run_sparse_conv<T, 256, 64, false>(plain(40 * scale + 7, 256, 64), 2, share, 2, repeats);
+  }
+  const conv::Shape stride = {9, 8, 136, 5, 4, 72, 0, {3, 3}, {2, 2}, {1, 1}};
+  run_sparse_conv<T, 128, 128, true>(stride, scale, 0.2, 2, repeats);
+  const conv::Shape window = {7, 6, 24, 7, 6, 16, 0, {3, 3}, {1, 1}, {1, 1}};
+  run_sparse_conv<T, 64, 64, true>(window, scale, 0.2, 2, repeats);
+}
+
 template <typename T>
 void run_all(int64_t scale, int repeats) {
   run_thresholds<T>(scale, repeats);
@@ -515,6 +613,8 @@ int main(int argc, char** argv) {
   swat::run_all<float>(scale, repeats);
   swat::run_all<__nv_bfloat16>(scale, repeats);
   swat::run_all<__half>(scale, repeats);
+  swat::run_sparse_convs<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_convs<__half>(static_cast<uint32_t>(scale), repeats);
   swat::run_max_pool();
   swat::run_dropout(scale);
   swat::expect(swat::guesses > 0, "guesses");

@@ -1,0 +1,291 @@
+"""The weight gradient of every conv of the six networks: from dense and from packed activations.
+
+    python benchmarks/sparse_conv.py --output sparse_conv.json    # ResNet-50's 1x1 convs, 90 %
+    python benchmarks/sparse_conv.py --all --tiles --sparsity 0.7 0.8 0.9 0.95 0.98 --output ...
+
+For each distinct shape, at the batch that the step table has: `dense`, XLA's product of dense
+operands; `unpack`, the packed input unpacked and the same product; `sparse`, the kernel that reads
+the packed input, with the tile that it chooses, and with `--tiles` with every other one too. The
+`floor` is what the bytes (packed input, gradient, result) take at the rate of a device-to-device
+copy, or the operations at that of a large matrix product, whichever is more, both measured first.
+`error` is what the sparse result differs from the dense one, of the largest value: a rounding to
+bfloat16 (0.004) at most, or there is a fault.
+
+The most important shapes come first. The file is written after each of them, and with `--seconds`
+nothing is begun when that time is over.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from swat_jax import kernels, native, sparse_convolution
+from swat_jax.convolution import Convolution
+from swat_jax.layer_table import network_table
+from swat_jax.sparsity import packing, top_k
+
+# Images of a step, and what they are: those of docs/performance.md.
+NETWORKS: dict[str, tuple[int, int, int]] = {
+    "imagenet_resnet50": (256, 224, 1000),
+    "imagenet_wrn50_2": (256, 224, 1000),
+    "wrn16_8": (512, 32, 10),
+    "resnet18": (512, 32, 10),
+    "densenet121": (512, 32, 10),
+    "vgg16": (512, 32, 10),
+}
+# Calls that are timed together, and how often.
+COUNT, REPEATS = 20, 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """The conv of a layer, and how often the network has it."""
+
+    network: str
+    batch: int
+    window: tuple[int, int]
+    channels: tuple[int, int]
+    size: tuple[int, int]  # of the input
+    result: tuple[int, int]
+    stride: int
+    layers: int = 1
+
+    @property
+    def name(self) -> str:
+        height, width = self.window
+        inputs, outputs = self.channels
+        step = f"/{self.stride}" if self.stride > 1 else ""
+        return f"{height}x{width}{step} {inputs}->{outputs} @{self.size[0]}"
+
+    @property
+    def conv(self) -> Convolution:
+        padding = tuple((extent // 2, extent // 2) for extent in self.window)
+        return Convolution((self.stride,) * 2, padding, (1, 1), (1, 1))
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.batch * math.prod(self.window + self.channels + self.result)
+
+    @property
+    def is_mark(self) -> bool:
+        """Whether it has to be 1.3 times as fast as from dense operands."""
+        narrow, wide = sorted(self.channels)
+        where = (narrow, self.size[0]) in ((64, 56), (128, 28))
+        return where and wide == 4 * narrow and self.window == (1, 1)
+
+
+def problems(networks: list[str], every: bool, batch: int | None = None) -> list[Problem]:
+    """The distinct convs of networks that the kernel takes, the most important first.
+
+    Args:
+      networks: names from `NETWORKS`.
+      every: all windows, or 1x1 only.
+      batch: of images; None: that of `NETWORKS`.
+    """
+    counts: dict[Problem, int] = {}
+    for network in networks:
+        images, size, classes = NETWORKS[network]
+        for layer in network_table(network, num_classes=classes, image_shape=(size, size, 3)):
+            if layer.kind != "conv" or layer.kernel_shape[-2] % 8:
+                continue
+            height, width, inputs, outputs = layer.kernel_shape
+            # Padded by half the window: the stride is what makes the size of the result.
+            stride = -(-layer.input_hw[0] // layer.output_hw[0])
+            problem = Problem(
+                network, batch or images, (height, width), (inputs, outputs),
+                (layer.input_hw[0], layer.input_hw[1]), (layer.output_hw[0], layer.output_hw[1]),
+                stride,
+            )  # fmt: skip
+            if every or problem.window == (1, 1):
+                counts[problem] = counts.get(problem, 0) + 1
+    found = [dataclasses.replace(one, layers=layers) for one, layers in counts.items()]
+    return sorted(found, key=lambda one: (not one.is_mark, math.prod(one.window)))
+
+
+def milliseconds(call: Callable[..., Any] | None, *operands: Any) -> float:
+    """Median time of a call in a compiled loop; None: of the loop alone."""
+
+    @jax.jit
+    def chained(operands: Any) -> Any:
+        def body(_: Any, carry: Any) -> Any:
+            operands, token = carry
+            # Every turn waits for the one before, and no result is left unused.
+            operands, token = lax.optimization_barrier((operands, token))
+            if call is None:
+                return operands, token + 1
+            result = lax.optimization_barrier(call(*operands))
+            return operands, token + result.ravel()[0].astype(jnp.float32)
+
+        return lax.fori_loop(0, COUNT, body, (operands, jnp.float32(0)))[1]
+
+    chained(operands).block_until_ready()
+    found = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        chained(operands).block_until_ready()
+        found.append(time.perf_counter() - start)
+    return statistics.median(found) * 1e3 / COUNT
+
+
+def copy_rate(values: int) -> float:
+    """Bytes per millisecond that a device-to-device copy reads and writes."""
+    x = jnp.zeros(values, jnp.bfloat16)
+    found = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        jax.block_until_ready([jnp.array(x, copy=True) for _ in range(COUNT)])
+        found.append((time.perf_counter() - start) * 1e3 / COUNT)
+    return 4 * values / statistics.median(found[1:])
+
+
+def product_rate(size: int) -> float:
+    """Operations per millisecond of a product of bfloat16 matrices."""
+    a = jnp.ones((size, size), jnp.bfloat16)
+    return 2 * size**3 / milliseconds(jnp.matmul, a, a)
+
+
+def measure(
+    problem: Problem, sparsity: float, every_tile: bool, rates: tuple[float, float], idle: float
+) -> dict[str, Any]:
+    """One line of the table.
+
+    Args:
+      problem: the conv.
+      sparsity: of the packed input.
+      every_tile: whether all tiles are timed.
+      rates: bytes and operations per millisecond.
+      idle: milliseconds of a turn of a loop without work.
+    """
+    conv, window = problem.conv, problem.window
+    shape = (problem.batch, *problem.size, problem.channels[0])
+    kernel = jax.ShapeDtypeStruct((*window, *problem.channels), jnp.bfloat16)
+    keep = top_k.keep_count(sparsity, math.prod(shape))
+    room = packing.capacity(keep, math.prod(shape))
+
+    @jax.jit
+    def make() -> Any:
+        keys = jax.random.split(jax.random.key(0), 2)
+        x = jax.nn.relu(jax.random.normal(keys[0], shape, jnp.bfloat16))
+        dy = jax.random.normal(keys[1], (problem.batch, *problem.result, problem.channels[1]))
+        limit = kernels.threshold(x, keep).astype(jnp.float32)
+        packed = kernels.pack(x, limit, room)
+        return kernels.sparsify(x, limit), packed, limit, dy.astype(jnp.bfloat16)
+
+    x, packed, limit, dy = make()
+
+    def dense(x: Any, dy: Any) -> Any:
+        return jax.linear_transpose(lambda value: conv(x, value), kernel)(dy)[0]
+
+    def unpacked(packed: Any, limit: Any, dy: Any) -> Any:
+        return dense(kernels.unpack(packed, limit), dy)
+
+    def sparse(tile: tuple[int, int] | None, packed: Any, limit: Any, dy: Any) -> Any:
+        return kernels.sparse_conv_weight_gradient(packed, limit, dy, conv, window, tile)
+
+    cut = sparse_convolution.cut(conv, shape, dy.shape, window)
+    others = sparse_convolution.tiles(conv, shape, window) if every_tile else ()
+    times = {"dense": milliseconds(dense, x, dy) - idle}
+    times["unpack"] = milliseconds(unpacked, packed, limit, dy) - idle
+    tiles = {}
+    for tile in dict.fromkeys((cut.tile, *others)):
+        call = functools.partial(sparse, tile)
+        tiles["x".join(map(str, tile))] = milliseconds(call, packed, limit, dy) - idle
+    expected = jax.jit(dense)(x, dy).astype(jnp.float32)
+    difference = jax.jit(functools.partial(sparse, None))(packed, limit, dy) - expected
+    compact = 2 * keep + math.prod(shape) / 8 + 4 * math.prod(shape) / packing.TILE
+    moved = compact + 2 * dy.size + 4 * expected.size
+    floors = (moved / rates[0], problem.operations / rates[1])
+    return {
+        **dataclasses.asdict(problem),
+        "name": problem.name,
+        "sparsity": sparsity,
+        **{f"{name}_ms": ms for name, ms in times.items()},
+        "sparse_ms": tiles["x".join(map(str, cut.tile))],
+        "tile": cut.tile,
+        "splits": cut.splits,
+        "tiles_ms": tiles,
+        "bytes": moved,
+        "operations": problem.operations,
+        "floor_ms": max(floors),
+        "floor_is": "bytes" if floors[0] > floors[1] else "operations",
+        "error": float(jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))),
+    }
+
+
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """A line of the table, and one of all tiles where there are several."""
+    tile = "x".join(map(str, row["tile"]))
+    yield (
+        f"{row['network']:18} {row['name']:24} {row['sparsity']:5} {row['dense_ms']:8.4f} "
+        f"{row['unpack_ms']:8.4f} {row['sparse_ms']:8.4f} {row['floor_ms']:8.4f} "
+        f"{row['dense_ms'] / row['sparse_ms']:6.2f} {tile:>8} {row['error']:8.1e}"
+    )
+    if len(row["tiles_ms"]) > 1:
+        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in row["tiles_ms"].items())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Weight gradients from packed activations.")
+    parser.add_argument("--networks", nargs="+", default=["imagenet_resnet50"], choices=NETWORKS)
+    parser.add_argument("--all", action="store_true", help="all windows of all networks")
+    parser.add_argument("--tiles", action="store_true", help="every tile, not the chosen one only")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
+    parser.add_argument("--batch", type=int, help="images; default: those of the step table")
+    parser.add_argument("--first", type=int, help="only so many shapes")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing afterwards")
+    parser.add_argument("--output", help="JSON file to write")
+    options = parser.parse_args(arguments)
+    start = time.perf_counter()
+    large = jax.default_backend() == "gpu"
+    rates = (copy_rate(2**27 if large else 2**16), product_rate(8192 if large else 64))
+    idle = milliseconds(None)
+    found: dict[str, Any] = {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "backend": kernels.backend(),
+        "library": dict(native.load().build_info),
+        "versions": {"jax": jax.__version__},
+        "dtype": "bfloat16",
+        "copy_gb_per_s": rates[0] / 1e6,
+        "product_tflop_per_s": rates[1] / 1e9,
+        "idle_ms": idle,
+        "convs": [],
+    }
+    print(
+        f"{found['device']}, {found['backend']}: copy {rates[0] / 1e6:.0f} GB/s, product "
+        f"{rates[1] / 1e9:.0f} TFLOP/s, idle {idle:.4f} ms"
+    )
+    print(
+        f"{'network':18} {'conv':24} {'s_A':>5} {'dense':>8} {'unpack':>8} {'sparse':>8} "
+        f"{'floor':>8} {'gain':>6} {'tile':>8} {'error':>8}"
+    )
+    networks = list(NETWORKS) if options.all else options.networks
+    chosen = problems(networks, options.all, options.batch)[: options.first]
+    for problem in chosen:
+        for sparsity in options.sparsity:
+            if time.perf_counter() - start > options.seconds:
+                print(f"{options.seconds} s are over", file=sys.stderr)
+                return
+            row = measure(problem, sparsity, options.tiles, rates, idle)
+            found["convs"].append(row)
+            print(*lines(row), sep="\n", flush=True)
+            if options.output:
+                pathlib.Path(options.output).write_text(json.dumps(found, indent=2) + "\n")
+    print(f"{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
