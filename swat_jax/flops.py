@@ -88,9 +88,9 @@ def channels_pruned(
 ) -> float:
     """Percentage of the (input, output) channel pairs of all convs that are pruned as a unit.
 
-    It is 0 for "unstructured", where single weights go.
+    It is 0 where single weights or vectors go: they leave something of a pair.
     """
-    if granularity == "unstructured":
+    if granularity not in ("channel", "filter"):
         return 0.0
     convs = [layer for layer in _once(layers) if layer.kind == "conv"]
     return _percentage([(math.prod(x.kernel_shape[-2:]), weight[x.path]) for x in convs])

@@ -8,7 +8,7 @@ In training mode (``model.train()``) masks follow the thresholds; in evaluation 
 
 With ``threshold_every_steps > 1`` thresholds are state of the layer (`WeightThreshold`,
 `ActivationThreshold`), and so is the age that decides on the next refresh (`ThresholdAge`); linear
-layers and masks of whole channels or filters are cheap and their weights always exact. A layer
+layers and masks of channels, filters or vectors are cheap and their weights always exact. A layer
 whose number of weights is not fixed (SWAT-M) holds it as a `WeightBudget`.
 """
 
@@ -126,7 +126,7 @@ class _SwatLayer(nnx.Module):
         self.weight_sparsity, self.activation_sparsity = weight_sparsity, activation_sparsity
         self.threshold_every_steps = period
         reused = period > 1 and not self._always_exact
-        # Masks of whole channels or filters are cheap: few units, and exact at every step.
+        # Masks of channels, filters or vectors are cheap: few units, and exact at every step.
         reused_weights = reused and self.granularity == "unstructured"
         # Wide enough to hold a threshold of any type that the input may have.
         zero = jnp.zeros((), jax.dtypes.canonicalize_dtype(jnp.float64))
@@ -344,7 +344,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
     Args:
       weight_sparsity: fraction of zeros in the weights, in ``[0, 1)``.
       activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``; None: the weights'.
-      granularity: ``unstructured``, ``channel`` or ``filter``.
+      granularity: what a weight mask selects, see `swat_jax.sparsity.granularity`.
       threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
       pack: whether the saved input is packed; None: where `kernels.packs()` says so.
       weight_gradient: ``dense`` or ``sparse``, see `swat_jax.functional.swat_conv`.

@@ -38,7 +38,7 @@ class SwatConv(nn.Conv):
     Attributes:
       weight_sparsity: fraction of zeros in the weights, in ``[0, 1)``.
       activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``; None: the weights'.
-      granularity: ``unstructured``, ``channel`` or ``filter``.
+      granularity: what a weight mask selects, see `swat_jax.sparsity.granularity`.
       threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
       deterministic: True for evaluation.
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from swat_jax.errors import UsageError
 
 Distribution = Literal["dense", "uniform", "erk", "momentum"]
-Granularity = Literal["unstructured", "channel", "filter"]
+Granularity = Literal["unstructured", "channel", "filter", "vector8", "vector16", "vector32"]
 
 _KINDS: dict[str, tuple[Distribution, Granularity]] = {
     "u": ("uniform", "unstructured"),
@@ -21,11 +21,16 @@ _KINDS: dict[str, tuple[Distribution, Granularity]] = {
     "m": ("momentum", "unstructured"),
     "channel": ("uniform", "channel"),
     "filter": ("uniform", "filter"),
+    # What ends with a number is kept apart from the percentage.
+    "vector8-": ("uniform", "vector8"),
+    "vector16-": ("uniform", "vector16"),
+    "vector32-": ("uniform", "vector32"),
 }
 _ALLOWED = (
-    "'dense', or one of u, erk, m, channel, filter followed by the percentage of zeros,"
-    " at least 0 and below 100 (u90, erk95, m97.5, channel70)"
+    f"'dense', or one of {', '.join(_KINDS)} followed by the percentage of zeros,"
+    " at least 0 and below 100 (u90, erk95, m97.5, channel70, vector16-80)"
 )
+_PATTERN = re.compile(rf"({'|'.join(_KINDS)})([0-9]{{1,3}}(?:\.[0-9]{{1,6}})?)", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Method:
       distribution: how sparsity spreads over layers: "dense" (ordinary training), "uniform"
         (SWAT-U), "erk" (SWAT-ERK) or "momentum" (SWAT-M).
       granularity: what is pruned as a unit: "unstructured" (single weights), "channel" (kernel
-        slices, the paper's structured SWAT) or "filter" (output channels).
+        slices, the paper's structured SWAT), "filter" (output channels), or "vector8", "vector16"
+        and "vector32" (so many output channels of one tap and input channel).
       sparsity: fraction of zeros, in [0, 1), for weights and for saved activations. It is the float
         that prints as the decimal that was asked for, so keep counts come out exact.
     """
@@ -50,7 +56,8 @@ def parse(text: str) -> Method:
     """Reads a method's name.
 
     Args:
-      text: `dense`, or `u`, `erk`, `m`, `channel`, `filter` followed by a percentage.
+      text: `dense`, or `u`, `erk`, `m`, `channel`, `filter`, `vector8-`, `vector16-`, `vector32-`
+        followed by a percentage.
 
     Raises:
       UsageError: the text is none of these.
@@ -61,7 +68,7 @@ def parse(text: str) -> Method:
     """
     if text == "dense":
         return Method("dense", "unstructured", 0.0)
-    match = re.fullmatch(r"(u|erk|m|channel|filter)([0-9]{1,3}(?:\.[0-9]{1,6})?)", text, re.ASCII)
+    match = _PATTERN.fullmatch(text)
     percent = decimal.Decimal(match[2]) if match else None
     if match is None or percent is None or percent >= 100:
         raise UsageError(f"method: got {text!r}, allowed: {_ALLOWED}")
@@ -129,7 +136,7 @@ def label(sparsity: Any) -> str:
         remarks += [f"weight {weight}", f"activation {activation}"]
     if sparsity.first_layer_dense != (sparsity.distribution == "uniform"):
         remarks.append(f"first layer {'dense' if sparsity.first_layer_dense else 'sparse'}")
-    return f"{name.strip()} ({', '.join(remarks)})" if remarks else name
+    return f"{name.rstrip(' -')} ({', '.join(remarks)})" if remarks else name
 
 
 def _percent(fraction: float) -> str:

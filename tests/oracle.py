@@ -83,7 +83,16 @@ def unit_axes(ndim: int, granularity: str) -> tuple[int, ...]:
     }[granularity]
 
 
+def vectors(kernel: np.ndarray, granularity: str) -> list[np.ndarray]:
+    """The weights of all units of "vector..." of a kernel, as views."""
+    length = int(granularity.removeprefix("vector"))
+    rows = kernel.reshape(-1, kernel.shape[-1])
+    return [row[i : i + length] for row in rows for i in range(0, len(row), length)]
+
+
 def units(shape: Sequence[int], granularity: str) -> int:
+    if granularity.startswith("vector"):
+        return len(vectors(np.empty(shape), granularity))
     spanned = unit_axes(len(shape), granularity)
     return math.prod(size for axis, size in enumerate(shape) if axis not in spanned)
 
@@ -101,6 +110,14 @@ def weight_mask(
             return mask(kernel, limit)
         assert keep is not None
         return top_mask(kernel, keep)
+    if granularity.startswith("vector"):
+        scores = [np.abs(widen(one)).sum() for one in vectors(kernel, granularity)]
+        score = np.array(scores)
+        kept = mask(score, limit) if limit is not None else top_mask(score, int(keep or 0))
+        result = np.zeros(kernel.shape, bool)
+        for one, flag in zip(vectors(result, granularity), kept, strict=True):
+            one[...] = flag
+        return result
     score = np.abs(widen(kernel)).sum(axis=unit_axes(kernel.ndim, granularity), keepdims=True)
     if limit is not None:
         kept = mask(score, limit)

@@ -151,7 +151,8 @@ def test_reductions_by_hand():
     )
     pairs = 100 * (12 * 0.5 + 36 * 0.75) / (12 + 12 + 36)
     assert flops.channels_pruned(EXPECTED, weight, "channel") == pytest.approx(pairs)
-    assert flops.channels_pruned(EXPECTED, weight, "unstructured") == 0
+    for granularity in ("unstructured", "vector16"):
+        assert flops.channels_pruned(EXPECTED, weight, granularity) == 0
 
 
 def test_sparsities_by_distribution():

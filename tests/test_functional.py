@@ -171,7 +171,7 @@ def test_conv_matches_the_oracle_in_every_type(name, dtype, data, grid):
     check_conv(case, "unstructured", dtype, grid, **keeps)
 
 
-@pytest.mark.parametrize("granularity", ["channel", "filter"])
+@pytest.mark.parametrize("granularity", ["channel", "filter", "vector8"])
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
@@ -189,7 +189,7 @@ def test_conv_matches_the_oracle_in_every_granularity(name, dtype, granularity, 
     check_conv(case, granularity, dtype, grid, **keeps)
 
 
-@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter"])
+@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter", "vector8"])
 @settings(max_examples=12)
 @given(grid=grids(), weight_eighths=st.integers(0, 40), activation_eighths=st.integers(0, 17))
 def test_conv_with_given_thresholds(granularity, grid, weight_eighths, activation_eighths):

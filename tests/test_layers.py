@@ -264,7 +264,7 @@ def conv_layer(**sparse):
 X_SHAPE, X_SIZE, K_SIZE = (2, 6, 7, 3), 252, 108
 
 
-@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter"])
+@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter", "vector8"])
 @pytest.mark.parametrize("sparsities", [(0.7, None), (0.9, 0.3), (0.0, 0.8)])
 def test_conv_layer_matches_the_oracle(granularity, sparsities):
     weight, activation = sparsities

@@ -173,7 +173,7 @@ def check_conv_layer(layer, variables, x, call=None, **selection):
     return updates
 
 
-@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter"])
+@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter", "vector8"])
 @pytest.mark.parametrize("sparsities", [(0.7, None), (0.9, 0.3)])
 def test_conv_layer_matches_the_oracle(granularity, sparsities):
     weight, activation = sparsities

@@ -15,6 +15,9 @@ KINDS = {
     "m": ("momentum", "unstructured"),
     "channel": ("uniform", "channel"),
     "filter": ("uniform", "filter"),
+    "vector8-": ("uniform", "vector8"),
+    "vector16-": ("uniform", "vector16"),
+    "vector32-": ("uniform", "vector32"),
 }
 
 
@@ -27,6 +30,8 @@ KINDS = {
         ("m95", method.Method("momentum", "unstructured", 0.95)),
         ("channel50", method.Method("uniform", "channel", 0.5)),
         ("filter70", method.Method("uniform", "filter", 0.7)),
+        ("vector8-80", method.Method("uniform", "vector8", 0.8)),
+        ("vector32-97.5", method.Method("uniform", "vector32", 0.975)),
         ("u97.5", method.Method("uniform", "unstructured", 0.975)),
         ("m0", method.Method("momentum", "unstructured", 0.0)),
         ("u99.999", method.Method("uniform", "unstructured", 0.99999)),
@@ -57,6 +62,12 @@ def test_the_float_prints_as_the_decimal_that_was_asked_for(kind, thousandths):
             "u90x",
             "uu90",
             "channel",
+            "vector80",
+            "vector16",
+            "vector16-",
+            "vector16--5",
+            "vector4-80",
+            "vector1680",
             "u\u0669\u0660",
             "u0.1234567",
         ),
@@ -75,6 +86,7 @@ def test_refusals_say_what_is_allowed(text):
         ("u90", True),
         ("channel70", True),
         ("filter70", True),
+        ("vector16-80", True),
         ("erk90", False),
         ("m90", False),
     ],
@@ -96,7 +108,9 @@ def test_apply_fills_the_config_and_nothing_else(text, first_dense):
     }
 
 
-@pytest.mark.parametrize("text", ["dense", "u90", "erk97.5", "m0", "channel70", "filter50"])
+@pytest.mark.parametrize(
+    "text", ["dense", "u90", "erk97.5", "m0", "channel70", "filter50", "vector16-80"]
+)
 def test_the_label_of_a_method_is_its_name(text):
     assert method.label(method.apply(recipe.digits(), text).sparsity) == text
 
@@ -112,6 +126,8 @@ def test_the_label_of_a_method_is_its_name(text):
         ("u90", {"distribution": "erk", "first_layer_dense": False}, "erk90"),
         ("u90", {"distribution": "dense", "weight": 0.0, "activation": 0.0}, "dense"),
         ("erk90", {"granularity": "filter"}, "erk filter 90"),
+        ("u80", {"granularity": "vector8"}, "vector8-80"),
+        ("vector32-80", {"activation": 0.9}, "vector32 (weight 80, activation 90)"),
         (
             "erk90",
             {"granularity": "filter", "weight": 0.875},

@@ -49,7 +49,7 @@ def params(kernels):
     return jax.tree.map(jnp.asarray, tree)
 
 
-@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter"])
+@pytest.mark.parametrize("granularity", ["unstructured", "channel", "filter", "vector8"])
 def test_masks_are_those_of_the_oracle(granularity, kernels, params):
     found = pruning.masks(layers(granularity=granularity), params, {})
     for layer in layers(granularity=granularity):

@@ -1,12 +1,14 @@
-"""What a weight mask selects: single weights, kernel slices of channel pairs, whole filters.
+"""What a weight mask selects: single weights, kernel slices of channel pairs, filters, vectors.
 
 A granularity is a *score* over the units that are kept or dropped together. The K units with
 the largest score survive; ties survive too (see `swat_jax.sparsity.top_k`). To add one, write
-its score function and enter it in ``_SCORES``.
+its score function and enter it in ``_SCORES``; units that share an axis are told apart in
+``_VECTORS``.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -43,10 +45,25 @@ def _l1(kernel: jax.Array, axes: range) -> jax.Array:
     return jnp.sum(jnp.abs(kernel.astype(wide)), axis=tuple(axes), keepdims=True)
 
 
+def _vector_norm(kernel: jax.Array, length: int) -> jax.Array:
+    """One unit per tap, input channel and ``length`` output channels; the L1 norm of these.
+
+    Beyond the paper: what a tensor core can multiply as a whole. The last one may be shorter.
+    """
+    *front, outputs = kernel.shape
+    vectors = -(-outputs // length)
+    lacking = [(0, 0)] * len(front) + [(0, vectors * length - outputs)]
+    parts = jnp.pad(kernel, lacking).reshape(*front, vectors, length)
+    return jnp.squeeze(_l1(parts, range(kernel.ndim, kernel.ndim + 1)), axis=-1)
+
+
+# Output channels of a vector.
+_VECTORS = {"vector8": 8, "vector16": 16, "vector32": 32}
 _SCORES: dict[str, Callable[[jax.Array], jax.Array]] = {
     "unstructured": _weight,
     "channel": _channel_norm,
     "filter": _filter_norm,
+    **{name: functools.partial(_vector_norm, length=length) for name, length in _VECTORS.items()},
 }
 
 
@@ -70,7 +87,8 @@ def score(kernel: jax.Array, granularity: str) -> jax.Array:
       granularity: a name from `names`.
 
     Returns:
-      Array of the rank of ``kernel`` that broadcasts to it, one value per unit.
+      Array of the rank of ``kernel``, one value per unit. It broadcasts to the kernel, but that of
+      vectors has their number as its last axis.
     """
     return _SCORES[check(granularity)](kernel)
 
@@ -79,8 +97,8 @@ def units(shape: Shape, granularity: str) -> int:
     """How many units a kernel of this shape has: what K counts.
 
     Example:
-      >>> units((3, 3, 16, 32), "channel")
-      512
+      >>> units((3, 3, 16, 32), "channel"), units((3, 3, 16, 32), "vector8")
+      (512, 576)
     """
     kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
     return math.prod(jax.eval_shape(lambda k: score(k, granularity), kernel).shape)
@@ -93,7 +111,10 @@ def weight_threshold(kernel: jax.Array, granularity: str, keep: top_k.Count) -> 
 
 def weight_mask(kernel: jax.Array, granularity: str, threshold: jax.Array | float) -> jax.Array:
     """Booleans in the shape of ``kernel``: which weights belong to a unit that is kept."""
-    return jnp.broadcast_to(top_k.mask(score(kernel, granularity), threshold), kernel.shape)
+    keep = top_k.mask(score(kernel, granularity), threshold)
+    if granularity in _VECTORS:
+        return jnp.repeat(keep, _VECTORS[granularity], axis=-1)[..., : kernel.shape[-1]]
+    return jnp.broadcast_to(keep, kernel.shape)
 
 
 def masked_weights(kernel: jax.Array, granularity: str, threshold: jax.Array | float) -> jax.Array:

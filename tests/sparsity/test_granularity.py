@@ -17,11 +17,12 @@ from tests import oracle
 from tests.strategies import DTYPES, grids, precision_of
 
 GRANULARITIES = ("unstructured", "channel", "filter")
+VECTORS = ("vector8", "vector16", "vector32")
 SHAPES = {1: (3, 4, 5), 2: (3, 2, 4, 5), 3: (2, 1, 3, 2, 5), 0: (6, 5)}
 
 
-def test_the_registry_names_the_paper_s_granularities():
-    assert set(GRANULARITIES) <= set(granularities.names())
+def test_the_registry_names_the_paper_s_granularities_and_vectors():
+    assert set(granularities.names()) == {*GRANULARITIES, *VECTORS}
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -95,6 +96,34 @@ def test_channel_equals_unstructured_for_a_window_of_one():
             for name in ("channel", "unstructured")
         ]
         np.testing.assert_array_equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("granularity", VECTORS)
+@pytest.mark.parametrize("outputs", [1, 7, 8, 32, 37, 64])
+@settings(max_examples=10)
+@given(data=st.data(), grid=grids())
+def test_vectors_are_kept_or_dropped_as_a_whole(granularity, outputs, data, grid):
+    shape = (3, 1, 4, outputs)
+    count = oracle.units(shape, granularity)
+    assert granularities.units(shape, granularity) == count
+    assert count == 12 * -(-outputs // int(granularity[6:]))
+    keep = data.draw(st.integers(1, count))
+    kernel = grid.array(shape, np.float32)
+    _, kept, masked = compiled_mask(granularity)(kernel, np.int32(keep))
+    expected = oracle.weight_mask(kernel, keep=keep, granularity=granularity)
+    np.testing.assert_array_equal(kept, expected)
+    np.testing.assert_array_equal(masked, np.where(expected, kernel, 0))
+
+
+@pytest.mark.parametrize("granularity", VECTORS)
+def test_a_nan_keeps_its_vector(granularity):
+    kernel = np.ones((1, 1, 3, 64), np.float32)
+    kernel[0, 0, 1, 40] = np.nan
+    limit = granularities.weight_threshold(jnp.asarray(kernel), granularity, 1)
+    kept = np.asarray(granularities.weight_mask(jnp.asarray(kernel), granularity, limit))
+    length = int(granularity[6:])
+    assert kept[0, 0, 1, 40 // length * length :][:length].all()
+    assert kept.sum() == length
 
 
 @pytest.mark.parametrize("granularity", ["channel", "filter"])
