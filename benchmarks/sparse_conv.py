@@ -5,7 +5,7 @@
 
 For each distinct shape, at the batch that the step table has: `dense`, XLA's product of dense
 operands; `unpack`, the packed input unpacked and the same product; `sparse`, the kernel that reads
-the packed input, with the tile that it chooses, and with `--tiles` with every other one too. The
+the packed input, cut as it chooses, and with `--tiles` with every tile and so many blocks too. The
 `floor` is what the bytes (packed input, gradient, result) take at the rate of a device-to-device
 copy, or the operations at that of a large matrix product, whichever is more, both measured first.
 `error` is what the sparse result differs from the dense one, of the largest value: a rounding to
@@ -35,6 +35,7 @@ from jax import lax
 from swat_jax import kernels, native, sparse_convolution
 from swat_jax.convolution import Convolution
 from swat_jax.layer_table import network_table
+from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import packing, top_k
 
 # Images of a step, and what they are: those of docs/performance.md.
@@ -48,6 +49,8 @@ NETWORKS: dict[str, tuple[int, int, int]] = {
 }
 # Calls that are timed together, and how often.
 COUNT, REPEATS = 20, 3
+# With `--tiles`: one, two and four for every multiprocessor of a large GPU.
+BLOCKS = (132, 264, 528)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,11 @@ def problems(networks: list[str], every: bool, batch: int | None = None) -> list
                 counts[problem] = counts.get(problem, 0) + 1
     found = [dataclasses.replace(one, layers=layers) for one, layers in counts.items()]
     return sorted(found, key=lambda one: (not one.is_mark, math.prod(one.window)))
+
+
+def name_of(cut: Cut) -> str:
+    """Input and output channels of a block, and splits."""
+    return f"{cut.tile[0]}x{cut.tile[1]}/{cut.splits}"
 
 
 def milliseconds(call: Callable[..., Any] | None, *operands: Any) -> float:
@@ -192,19 +200,23 @@ def measure(
     def unpacked(packed: Any, limit: Any, dy: Any) -> Any:
         return dense(kernels.unpack(packed, limit), dy)
 
-    def sparse(tile: tuple[int, int] | None, packed: Any, limit: Any, dy: Any) -> Any:
-        return kernels.sparse_conv_weight_gradient(packed, limit, dy, conv, window, tile)
+    def sparse(cut: Cut, packed: Any, limit: Any, dy: Any) -> Any:
+        return kernels.sparse_conv_weight_gradient(packed, limit, dy, conv, window, cut)
 
-    cut = sparse_convolution.cut(conv, shape, dy.shape, window)
-    others = sparse_convolution.tiles(conv, shape, window) if every_tile else ()
+    chosen = sparse_convolution.cut(conv, shape, dy.shape, window)
+    others = [
+        sparse_convolution.cut(conv, shape, dy.shape, window, tile, blocks)
+        for tile in (sparse_convolution.tiles(chosen.gathers) if every_tile else ())
+        for blocks in BLOCKS
+    ]
     times = {"dense": milliseconds(dense, x, dy) - idle}
     times["unpack"] = milliseconds(unpacked, packed, limit, dy) - idle
-    tiles = {}
-    for tile in dict.fromkeys((cut.tile, *others)):
-        call = functools.partial(sparse, tile)
-        tiles["x".join(map(str, tile))] = milliseconds(call, packed, limit, dy) - idle
+    cuts = {}
+    for cut in dict.fromkeys((chosen, *others)):
+        call = functools.partial(sparse, cut)
+        cuts[name_of(cut)] = milliseconds(call, packed, limit, dy) - idle
     expected = jax.jit(dense)(x, dy).astype(jnp.float32)
-    difference = jax.jit(functools.partial(sparse, None))(packed, limit, dy) - expected
+    difference = jax.jit(functools.partial(sparse, chosen))(packed, limit, dy) - expected
     compact = 2 * keep + math.prod(shape) / 8 + 4 * math.prod(shape) / packing.TILE
     moved = compact + 2 * dy.size + 4 * expected.size
     floors = (moved / rates[0], problem.operations / rates[1])
@@ -213,10 +225,9 @@ def measure(
         "name": problem.name,
         "sparsity": sparsity,
         **{f"{name}_ms": ms for name, ms in times.items()},
-        "sparse_ms": tiles["x".join(map(str, cut.tile))],
-        "tile": cut.tile,
-        "splits": cut.splits,
-        "tiles_ms": tiles,
+        "sparse_ms": cuts[name_of(chosen)],
+        "cut": name_of(chosen),
+        "cuts_ms": cuts,
         "bytes": moved,
         "operations": problem.operations,
         "floor_ms": max(floors),
@@ -226,15 +237,15 @@ def measure(
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
-    """A line of the table, and one of all tiles where there are several."""
-    tile = "x".join(map(str, row["tile"]))
+    """A line of the table, and one of all cuts where there are several."""
     yield (
         f"{row['network']:18} {row['name']:24} {row['sparsity']:5} {row['dense_ms']:8.4f} "
         f"{row['unpack_ms']:8.4f} {row['sparse_ms']:8.4f} {row['floor_ms']:8.4f} "
-        f"{row['dense_ms'] / row['sparse_ms']:6.2f} {tile:>8} {row['error']:8.1e}"
+        f"{row['dense_ms'] / row['sparse_ms']:6.2f} {row['cut']:>12} {row['error']:8.1e}"
     )
-    if len(row["tiles_ms"]) > 1:
-        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in row["tiles_ms"].items())
+    if len(row["cuts_ms"]) > 1:
+        best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
+        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -270,7 +281,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     print(
         f"{'network':18} {'conv':24} {'s_A':>5} {'dense':>8} {'unpack':>8} {'sparse':>8} "
-        f"{'floor':>8} {'gain':>6} {'tile':>8} {'error':>8}"
+        f"{'floor':>8} {'gain':>6} {'cut':>12} {'error':>8}"
     )
     networks = list(NETWORKS) if options.all else options.networks
     chosen = problems(networks, options.all, options.batch)[: options.first]

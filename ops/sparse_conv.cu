@@ -16,6 +16,10 @@ static_assert(conv::kBlock == kThreads && 32 * conv::kWordsOfTile == kTile);
 template <typename T>
 struct Gpu {
   static __device__ __forceinline__ uint32_t thread() { return threadIdx.x; }
+  // The same register for all lanes, so that branches on it are known to be taken together.
+  static __device__ __forceinline__ uint32_t warp() {
+    return __shfl_sync(kFullWarp, threadIdx.x / 32, 0);
+  }
   static __device__ __forceinline__ uint32_t block() { return blockIdx.x; }
   static __device__ __forceinline__ void sync() { __syncthreads(); }
   static __device__ __forceinline__ uint32_t sum(uint32_t value) { return warp_sum(value); }
@@ -53,7 +57,8 @@ struct Gpu {
   static __device__ __forceinline__ void clear(uint16_t* to) {
     *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
   }
-  // 16 bytes to shared memory, zeros if they are not there. They are on their way until `wait`.
+  // 16 bytes to shared memory, zeros if they are not there: then nothing is read. They are on their
+  // way until `wait`.
   static __device__ __forceinline__ void copy(uint16_t* to, const uint16_t* from, bool is_there) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),

@@ -175,29 +175,30 @@ struct RunTable {
     return chunk * kPixels * shape.in / (32 * kWordsOfTile);
   }
 
+  const uint32_t warp, lane, count;  // of tiles
   uint32_t words[kEach][2], offsets[kEach];
 
+  SWAT_DEVICE RunTable(const Gpu& gpu, const Shape& shape)
+      : warp(gpu.warp()), lane(gpu.thread() % 32), count(tiles(shape.in)) {}
+
   SWAT_DEVICE void load(const Gpu& gpu, const Problem& problem, uint32_t chunk, uint32_t, uint32_t) {
-    const uint32_t first = first_tile(problem.shape, chunk), lane = gpu.thread() % 32;
     SWAT_UNROLL
     for (int e = 0; e < kEach; ++e) {
-      const uint32_t own = gpu.thread() / 32 + e * kWarpsOfBlock;
-      const uint32_t word = (first + own) * kWordsOfTile;
-      const bool is_there = own < tiles(problem.shape.in) && word < problem.words;
-      offsets[e] = is_there ? gpu.load(problem.offsets + first + own) : 0;
-      SWAT_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t at = word + half * 32 + lane;
-        words[e][half] = is_there && at < problem.words ? gpu.load(problem.bitmap + at) : 0;
-      }
+      const uint32_t own = warp + e * kWarpsOfBlock;
+      if (own >= count) break;  // all lanes of the warp
+      const uint32_t tile = first_tile(problem.shape, chunk) + own;
+      const uint32_t at = tile * kWordsOfTile + lane;
+      const bool is_there = tile * kWordsOfTile < problem.words;
+      offsets[e] = is_there ? gpu.load(problem.offsets + tile) : 0;
+      words[e][0] = at < problem.words ? gpu.load(problem.bitmap + at) : 0;
+      words[e][1] = at + 32 < problem.words ? gpu.load(problem.bitmap + at + 32) : 0;
     }
   }
-  SWAT_DEVICE void store(const Gpu& gpu, const Shape& shape, Entry* table) const {
-    const uint32_t lane = gpu.thread() % 32;
+  SWAT_DEVICE void store(const Gpu& gpu, Entry* table) const {
     SWAT_UNROLL
     for (int e = 0; e < kEach; ++e) {
-      const uint32_t own = gpu.thread() / 32 + e * kWarpsOfBlock;
-      if (own >= tiles(shape.in)) break;  // all lanes of the warp
+      const uint32_t own = warp + e * kWarpsOfBlock;
+      if (own >= count) break;
       // Both halves at once, 16 bits for each: a half has 1024 values.
       const uint32_t counts = count_bits(words[e][0]) | count_bits(words[e][1]) << 16;
       const uint32_t before = gpu.scan(counts);
@@ -207,11 +208,17 @@ struct RunTable {
       to[32] = {words[e][1], offsets[e] + low + (before >> 16)};
     }
   }
-  // The word from a channel of a pixel on, of which `count` bits are wanted.
-  static SWAT_INLINE Entry find(const Shape& shape, const Entry* table, uint32_t chunk, uint32_t row,
-                                uint32_t in, uint32_t channel, uint32_t count) {
-    const uint32_t value = (chunk * kPixels + row) * shape.in + in + channel;
-    const Entry* const at = table + (value / 32 - first_tile(shape, chunk) * kWordsOfTile);
+  // Where a piece begins, from the first value of a chunk on.
+  struct Place {
+    uint32_t value;
+    SWAT_INLINE Place(const Shape& shape, uint32_t row, uint32_t in, uint32_t channel)
+        : value(row * shape.in + in + channel) {}
+  };
+  // The word from a place on, of which `count` bits are wanted.
+  static SWAT_INLINE Entry find(const Shape& shape, const Entry* table, uint32_t chunk, Place place,
+                                uint32_t count) {
+    const uint32_t value = chunk * kPixels * shape.in % (32 * kWordsOfTile) + place.value;
+    const Entry* const at = table + value / 32;
     const uint32_t shift = value % 32, high = shift + count > 32 ? at[1].bits : 0;
     return {join(at->bits, high, shift), at->before + count_bits(at->bits & low_bits(shift))};
   }
@@ -224,14 +231,17 @@ struct GatherTable {
   static constexpr uint32_t kWords = M / 32;
   static SWAT_INLINE uint32_t entries(uint32_t) { return kPixels * kWords; }
 
+  const uint32_t warp, lane;
   uint32_t earlier[kEach], words[kEach], offsets[kEach], shifts[kEach];
+
+  SWAT_DEVICE GatherTable(const Gpu& gpu, const Shape&)
+      : warp(gpu.warp()), lane(gpu.thread() % 32) {}
 
   SWAT_DEVICE void load(const Gpu& gpu, const Problem& problem, uint32_t chunk, uint32_t tap,
                         uint32_t in) {
-    const uint32_t lane = gpu.thread() % 32;
     SWAT_UNROLL
     for (int e = 0; e < kEach; ++e) {
-      const uint32_t q = chunk * kPixels + gpu.thread() / 32 * kEach + e;
+      const uint32_t q = chunk * kPixels + warp * kEach + e;
       const uint32_t pixel =
           q < problem.shape.pixels ? problem.shape.input_pixel(q, tap) : kNowhere;
       earlier[e] = words[e] = offsets[e] = shifts[e] = 0;
@@ -250,52 +260,58 @@ struct GatherTable {
       earlier[e] = count_bits(low) + count_bits(high);
     }
   }
-  SWAT_DEVICE void store(const Gpu& gpu, const Shape&, Entry* table) const {
-    const uint32_t lane = gpu.thread() % 32;
+  SWAT_DEVICE void store(const Gpu& gpu, Entry* table) const {
     SWAT_UNROLL
     for (int e = 0; e < kEach; ++e) {
       const uint32_t before = offsets[e] + gpu.sum(earlier[e]);
       const uint32_t first = gpu.shuffle(words[e], 0) & low_bits(shifts[e]);
       const uint32_t bits = join(words[e], gpu.shuffle(words[e], (lane + 1) % 32), shifts[e]);
       const uint32_t rank = before + count_bits(first) + gpu.scan(count_bits(bits));
-      const uint32_t row = gpu.thread() / 32 * kEach + e;
+      const uint32_t row = warp * kEach + e;
       if (lane < kWords) table[row * kWords + lane] = {bits, rank};
     }
   }
-  static SWAT_INLINE Entry find(const Shape&, const Entry* table, uint32_t, uint32_t row, uint32_t,
-                                uint32_t channel, uint32_t) {
-    const Entry at = table[row * kWords + channel / 32];
-    const uint32_t shift = channel % 32;
-    return {at.bits >> shift, at.before + count_bits(at.bits & low_bits(shift))};
+  struct Place {
+    uint32_t entry, shift;
+    SWAT_INLINE Place(const Shape&, uint32_t row, uint32_t, uint32_t channel)
+        : entry(row * kWords + channel / 32), shift(channel % 32) {}
+  };
+  static SWAT_INLINE Entry find(const Shape&, const Entry* table, uint32_t, Place place, uint32_t) {
+    const Entry at = table[place.entry];
+    return {at.bits >> place.shift, at.before + count_bits(at.bits & low_bits(place.shift))};
   }
 };
 
 // ---- Pieces -------------------------------------------------------------------------------------
 
 // What one thread unpacks of a chunk: kBits channels of one pixel, eight threads for a pixel.
-template <typename Gpu, int M>
+template <typename Gpu, typename Table, int M>
 struct Piece {
   static constexpr int kThreadsOfPixel = kBlock / kPixels, kBits = M / kThreadsOfPixel;
   static constexpr int kSlots = kBits < 16 ? kBits : 16;  // values that wait in registers
   static constexpr int kGroup = 4;
   static_assert(kBits % 8 == 0 && kBits <= 32);
 
+  const uint32_t row, channel;
+  const typename Table::Place place;
+  const uint32_t there;  // channels, some of which may lie beyond the last one
   uint32_t bits, count, before;
   uint32_t most;  // of the warp
   uint32_t waiting[kSlots];
 
-  static SWAT_INLINE uint32_t row(uint32_t thread) { return thread / kThreadsOfPixel; }
-  static SWAT_INLINE uint32_t channel(uint32_t thread) { return thread % kThreadsOfPixel * kBits; }
+  SWAT_DEVICE Piece(const Gpu& gpu, const Shape& shape, uint32_t in)
+      : row(gpu.thread() / kThreadsOfPixel), channel(gpu.thread() % kThreadsOfPixel * kBits),
+        place(shape, row, in, channel), there(channels(shape, in + channel)) {}
 
-  template <typename Table>
-  SWAT_DEVICE void load(const Gpu& gpu, const Problem& problem, const Entry* table, uint32_t chunk,
-                        uint32_t in) {
-    const Shape& shape = problem.shape;
-    const uint32_t own = channel(gpu.thread()), from = in + own;
+  static SWAT_INLINE uint32_t channels(const Shape& shape, uint32_t from) {
+    const uint32_t left = from < shape.in ? shape.in - from : 0;
+    return left < kBits ? left : kBits;
+  }
+
+  SWAT_DEVICE void load(const Gpu& gpu, const Problem& problem, const Entry* table, uint32_t chunk) {
     bits = count = before = 0;
-    if (from < shape.in && chunk * kPixels + row(gpu.thread()) < shape.pixels) {
-      const uint32_t left = shape.in - from, there = left < kBits ? left : kBits;
-      const Entry found = Table::find(shape, table, chunk, row(gpu.thread()), in, own, there);
+    if (there > 0 && chunk * kPixels + row < problem.shape.pixels) {
+      const Entry found = Table::find(problem.shape, table, chunk, place, there);
       bits = found.bits & low_bits(there);
       before = found.before;
       count = count_bits(bits);
@@ -319,9 +335,9 @@ struct Piece {
   // Values below `least` are left out; no NaN is.
   SWAT_DEVICE void store(const Gpu& gpu, const Problem& problem, uint32_t least, uint16_t* tile,
                          int pitch) {
-    uint16_t* const to = tile + row(gpu.thread()) * pitch + channel(gpu.thread());
+    uint16_t* const to = tile + row * pitch + channel;
     constexpr int kParts = kBits / 8;
-    const int own = static_cast<int>(gpu.thread()) % kThreadsOfPixel;
+    const int own = static_cast<int>(channel) / kBits;
     SWAT_UNROLL
     for (int p = 0; p < kParts; ++p) {
       // Threads of a pixel begin at different banks.
@@ -376,39 +392,40 @@ SWAT_DEVICE void weight_gradient(const Gpu& gpu, const Problem& problem, uint32_
   uint16_t* const dy_tiles = x_tiles + 2 * Layout::kValuesX;
   Entry* const tables = reinterpret_cast<Entry*>(shared + Layout::kBytes);
   const uint32_t entries = Table::entries(shape.in), chunks = part.end - part.begin;
-  const int thread = static_cast<int>(gpu.thread()), lane = thread % 32, warp = thread / 32;
+  const int thread = static_cast<int>(gpu.thread()), lane = thread % 32;
+  const int warp = static_cast<int>(gpu.warp());
 
   // Chunks are counted from the first of this block. What is not there has no stations.
+  // A thread copies 8 channels, the same of every so many pixels, chunk after chunk.
+  constexpr int kAcross = N / 8, kDown = kBlock / kAcross;
+  const uint32_t column = static_cast<uint32_t>(thread % kAcross) * 8;
+  const bool has_column = part.out + column < shape.out;
+  uint32_t q = part.begin * kPixels + static_cast<uint32_t>(thread / kAcross);
+  const uint16_t* from = problem.dy + static_cast<uint64_t>(q) * shape.out + part.out + column;
+  const int own = thread / kAcross * Layout::kPitchDy + static_cast<int>(column);
   const auto copy_dy = [&](uint32_t turn) {
     if (turn < chunks) {
-      uint16_t* const to = dy_tiles + turn % Layout::kStages * Layout::kValuesDy;
-      // A thread copies 8 channels, the same of every so many pixels.
-      constexpr int kAcross = N / 8, kDown = kBlock / kAcross;
-      const uint32_t column = static_cast<uint32_t>(thread % kAcross) * 8;
+      uint16_t* const to = dy_tiles + turn % Layout::kStages * Layout::kValuesDy + own;
       SWAT_UNROLL
       for (int k = 0; k < kPixels / kDown; ++k) {
-        const uint32_t row = static_cast<uint32_t>(k * kDown + thread / kAcross);
-        const uint32_t q = (part.begin + turn) * kPixels + row;
-        const bool is_there = q < shape.pixels && part.out + column < shape.out;
-        const uint64_t from = static_cast<uint64_t>(q) * shape.out + part.out + column;
-        gpu.copy(to + row * Layout::kPitchDy + column, problem.dy + (is_there ? from : 0), is_there);
+        gpu.copy(to + k * kDown * Layout::kPitchDy, from + static_cast<uint64_t>(k * kDown) * shape.out,
+                 has_column && q + k * kDown < shape.pixels);
       }
+      from += static_cast<uint64_t>(kPixels) * shape.out;
+      q += kPixels;
     }
     gpu.commit();
   };
-  Table table;
-  Piece<Gpu, M> piece;
+  Table table(gpu, shape);
+  Piece<Gpu, Table, M> piece(gpu, shape, part.in);
   const auto load_table = [&](uint32_t turn) {
     if (turn < chunks) table.load(gpu, problem, part.begin + turn, part.tap, part.in);
   };
   const auto store_table = [&](uint32_t turn) {
-    if (turn < chunks) table.store(gpu, shape, tables + turn % 2 * entries);
+    if (turn < chunks) table.store(gpu, tables + turn % 2 * entries);
   };
   const auto load_piece = [&](uint32_t turn) {
-    if (turn < chunks) {
-      piece.template load<Table>(gpu, problem, tables + turn % 2 * entries, part.begin + turn,
-                                 part.in);
-    }
+    if (turn < chunks) piece.load(gpu, problem, tables + turn % 2 * entries, part.begin + turn);
   };
   const auto store_piece = [&](uint32_t turn) {
     if (turn < chunks) {

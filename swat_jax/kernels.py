@@ -31,6 +31,7 @@ from swat_jax.batch_norm import Vectors
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
+from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import packing, thresholds, top_k
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_axes, varying_like
@@ -554,7 +555,7 @@ def sparse_conv_weight_gradient(
     dy: jax.Array,
     conv: Convolution,
     window: tuple[int, int],
-    tile: tuple[int, int] | None = None,
+    cut: Cut | None = None,
 ) -> jax.Array:
     """The gradient of a kernel; see `swat_jax.sparse_convolution.weight_gradient`.
 
@@ -564,15 +565,15 @@ def sparse_conv_weight_gradient(
       dy: (N, rows, columns, out), the gradient of the output, of the same type.
       conv: the convolution.
       window: height and width of the kernel.
-      tile: input and output channels of a block of the CUDA kernel, one of
-        `swat_jax.sparse_convolution.tiles`; None: chosen by the numbers of channels.
+      cut: how the CUDA kernel's work is cut; None: as `swat_jax.sparse_convolution.cut` does.
+        The bits of the result depend on it, and on nothing else.
 
     Returns:
       (*window, in, out), float32.
 
     Raises:
       UsageError: for what `swat_jax.sparse_convolution.refusal` refuses, shapes or types that do
-        not fit, or a tile that there is not.
+        not fit, or a cut that there is not.
     """
     kernel = (*window, packed.shape[-1], dy.shape[-1])
     if reason := sparse_convolution.refusal(conv, packed.shape, packed.dtype, kernel):
@@ -585,17 +586,22 @@ def sparse_conv_weight_gradient(
             f"dy must be like the output, {packed.dtype}{list(output.shape)}; "
             f"got {dy.dtype}{list(dy.shape)}"
         )
-    allowed = sparse_convolution.tiles(conv, packed.shape, window)
-    if tile is not None and tile not in allowed:
-        raise UsageError(f"tile must be one of {allowed}, got {tile}")
     if 0 in (*packed.shape, *dy.shape):
         return jnp.zeros(kernel, jnp.float32)
+    if cut is None:
+        cut = sparse_convolution.cut(conv, packed.shape, dy.shape, window)
+    allowed, most = sparse_convolution.tiles(cut.gathers), sparse_convolution.chunks(dy.shape)
+    if cut.tile not in allowed:
+        raise UsageError(f"cut.tile must be one of {allowed}, got {cut.tile}")
+    if not 1 <= cut.splits <= most:
+        raise UsageError(f"cut.splits must be in [1, {most}], got {cut.splits}")
+    if not cut.gathers and sparse_convolution.must_gather(conv, packed.shape, window):
+        raise UsageError("cut.gathers must be True for this convolution, got False")
 
     def twin(packed: Packed, least: jax.Array | None, dy: jax.Array) -> jax.Array:
         return sparse_convolution.weight_gradient(packed, least, dy, conv, window)
 
     def call(packed: Packed, least: jax.Array | None, dy: jax.Array) -> jax.Array:
-        cut = sparse_convolution.cut(conv, packed.shape, dy.shape, window, tile)
         (low_y, _), (low_x, _) = sparse_convolution.pads(conv, packed.shape[1:-1], window)
         limit = jnp.zeros((), jnp.float32) if least is None else least.astype(jnp.float32)
         dw, _ = _call(

@@ -128,6 +128,7 @@ def cut(
     dy: tuple[int, ...],
     window: tuple[int, ...],
     tile: tuple[int, int] | None = None,
+    blocks: int | None = None,
 ) -> Cut:
     """How the work of a gradient that is not refused is cut.
 
@@ -137,25 +138,29 @@ def cut(
       dy: shape of its output.
       window: shape of its kernel without channels.
       tile: one of `tiles`; None: a choice by the numbers of channels.
+      blocks: how many there may be; None: as many as a large GPU holds at once.
     """
-    gathers = _gathers(conv, shape, window)
+    gathers = must_gather(conv, shape, window)
     chosen = tile or _tile(shape[-1], dy[-1], gathers)
-    blocks = math.prod(window)
+    parts = math.prod(window)
     for channels, size in zip((shape[-1], dy[-1]), chosen, strict=True):
-        blocks *= -(-channels // size)
-    at_once = _BLOCKS // 2 if math.prod(chosen) > _MANY_SUMS else _BLOCKS
-    chunks = -(-math.prod(dy[:-1]) // _PIXELS)
-    return Cut(chosen, max(1, min(at_once // blocks, chunks // _LEAST_CHUNKS)), gathers)
+        parts *= -(-channels // size)
+    at_once = blocks or (_BLOCKS // 2 if math.prod(chosen) > _MANY_SUMS else _BLOCKS)
+    return Cut(chosen, max(1, min(at_once // parts, chunks(dy) // _LEAST_CHUNKS)), gathers)
 
 
-def tiles(
-    conv: Convolution, shape: tuple[int, ...], window: tuple[int, ...]
-) -> tuple[tuple[int, int], ...]:
-    """The tiles that `cut` may be given for an input of this shape."""
-    return GATHERED_TILES if _gathers(conv, shape, window) else TILES
+def chunks(dy: tuple[int, ...]) -> int:
+    """Into how many parts the pixels of an output can be cut at most."""
+    return -(-math.prod(dy[:-1]) // _PIXELS)
 
 
-def _gathers(conv: Convolution, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
+def tiles(gathers: bool) -> tuple[tuple[int, int], ...]:
+    """The tiles there are for pixels that are gathered, or follow one another."""
+    return GATHERED_TILES if gathers else TILES
+
+
+def must_gather(conv: Convolution, shape: tuple[int, ...], window: tuple[int, ...]) -> bool:
+    """Whether the kernel has to gather the input's pixels."""
     padded = any(low or high for low, high in pads(conv, shape[1:-1], window))
     is_plain = math.prod(window) == 1 and math.prod(conv.strides) == 1 and not padded
     return not is_plain or shape[-1] > _MOST_RUN

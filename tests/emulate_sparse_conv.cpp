@@ -209,6 +209,7 @@ struct Float16 {
 template <typename Format>
 struct Emulated {
   static uint32_t thread() { return current->thread; }
+  static uint32_t warp() { return current->thread / 32; }
   static uint32_t block() { return current->index; }
   static void sync() { current->meet_all(); }
 

@@ -1,6 +1,7 @@
 """The weight gradient from packed activations: its definition, and what `swat_conv` makes of it."""
 
 import contextlib
+import dataclasses
 import shutil
 import subprocess
 import warnings
@@ -232,8 +233,23 @@ def test_bad_operands_are_refused():
         gradient(packed, least, dy.astype(jnp.float32), conv, (1, 1))
     with pytest.raises(UsageError, match="packed has no weight gradient of its own"):
         gradient(packed, least, dy[..., :7], conv, (1, 1))
-    with pytest.raises(UsageError, match=r"tile must be one of .*, got \(64, 128\)"):
-        gradient(packed, least, dy, conv, (1, 1), tile=(64, 128))
+    good = sparse_convolution.cut(conv, packed.shape, dy.shape, (1, 1))
+    for changes, message in (
+        ({"tile": (64, 128)}, r"cut.tile must be one of \(\(64, 64\), .*got \(64, 128\)"),
+        ({"gathers": True, "tile": (64, 256)}, r"cut.tile must be one of .*got \(64, 256\)"),
+        ({"gathers": True}, ""),
+        ({"splits": 0}, "cut.splits must be in \\[1, 4\\], got 0"),
+        ({"splits": 5}, "cut.splits must be in \\[1, 4\\], got 5"),
+    ):
+        cut = dataclasses.replace(good, **changes)
+        if message:
+            with pytest.raises(UsageError, match=message):
+                gradient(packed, least, dy, conv, (1, 1), cut)
+        else:
+            gradient(packed, least, dy, conv, (1, 1), cut)
+    conv, packed, least, dy = draw((3, 3), (1, 1), "SAME")
+    with pytest.raises(UsageError, match=r"cut\.gathers must be True"):
+        gradient(packed, least, dy, conv, (3, 3), good)
 
 
 @pytest.mark.parametrize("window", [(1, 1), (3, 3)])
@@ -242,10 +258,11 @@ def test_cuts_cover_everything_with_blocks_for_a_large_gpu(window, channels):
     conv, (inputs, outputs) = convolution(), channels
     for pixels in (1, 49, 12544, 802_816):
         shape, dy = (1, pixels, 1, inputs), (1, pixels, 1, outputs)
-        for tile in (None, *sparse_convolution.tiles(conv, shape, window)):
+        chosen = sparse_convolution.cut(conv, shape, dy, window)
+        for tile in (None, *sparse_convolution.tiles(chosen.gathers)):
             cut = sparse_convolution.cut(conv, shape, dy, window, tile)
             assert cut.tile == tile or tile is None
-            assert cut.tile in sparse_convolution.tiles(conv, shape, window)
+            assert cut.tile in sparse_convolution.tiles(chosen.gathers)
             assert 1 <= cut.splits <= max(1, -(-pixels // 32))
             blocks = cut.splits * window[0] * window[1]
             blocks *= -(-inputs // cut.tile[0]) * -(-outputs // cut.tile[1])
@@ -259,8 +276,7 @@ FAULTS = {
     "no barrier before a turn": ("gpu.sync();  // dY and x", "// dY and x"),
     "no barrier after the first table": ("gpu.sync();\n  load_piece(0);", "load_piece(0);"),
     "a copy that is not waited for": ("wait<Layout::kStages - 2>", "wait<Layout::kStages - 1>"),
-    "one table for two turns": ("store(gpu, shape, tables + turn % 2 * entries)",
-                                "store(gpu, shape, tables)"),
+    "one table for two turns": ("store(gpu, tables + turn % 2 * entries)", "store(gpu, tables)"),
     "operands of another order": ("return lane % 8 + lane / 16 * 8;",
                                   "return lane % 8 + lane / 8 % 2 * 8;"),
 }  # fmt: skip
