@@ -79,7 +79,7 @@ def _momentum(optimizer: nnx.Optimizer[Any]) -> Tree:
     ]
     if len(found) != 1:
         raise UsageError(
-            "optimizer must have one momentum buffer, as optax.sgd with momentum and optax.adam do; "
-            f"it has {len(found)}"
+            "optimizer must have one momentum buffer, as optax.sgd with momentum and optax.adam "
+            f"have; it has {len(found)}"
         )
     return network.tree_of(found[0])

@@ -128,12 +128,12 @@ class Summary:
 
 def _table(rows: Sequence[Row]) -> list[str]:
     width = max([5, *(len(_named(row)) for row in rows)])
-    lines = [
+    head = (
         f"{'layer':{width}}  {'kernel':>14}  {'input':>9}  {'output':>9}  {'s_W %':>5}"
         f"  {'s_A %':>5}  {'forward MACs':>14}  {'saved %':>7}  {'dense bytes':>13}"
         f"  {'SWAT bytes':>13}"
-    ]
-    lines += [
+    )
+    lines = [
         f"{_named(row):{width}}  {_times(row.kernel_shape):>14}  {_times(row.input_hw):>9}"
         f"  {_times(row.output_hw):>9}  {100 * row.weight_sparsity:>5.1f}"
         f"  {100 * row.activation_sparsity:>5.1f}  {row.macs_forward:>14,}"
@@ -141,7 +141,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         f"  {row.bytes_dense:>13,}  {row.bytes_kept:>13,}"
         for row in rows
     ]
-    return lines
+    return [head, *lines]
 
 
 def summary(

@@ -53,10 +53,11 @@ def select(pattern: str, paths: Collection[str], argument: str) -> list[str]:
         raise UsageError(f"{argument} must have patterns that are text, got {pattern!r}")
     found = [path for path in paths if matches(pattern, path)]
     if not found:
-        inside = [f"{pattern}/**"] if any(p.startswith(f"{pattern}/") for p in paths) else []
+        holds_layers = any(path.startswith(f"{pattern}/") for path in paths)
+        meant = f"did you mean '{pattern}/**'?" if holds_layers else ""
         raise UsageError(
             f"{argument}: no layer fits {pattern!r}; "
-            + did_you_mean(pattern, [*inside, *paths], "layers")
+            + (meant or did_you_mean(pattern, paths, "layers"))
         )
     return found
 

@@ -26,8 +26,8 @@ import dataclasses
 import functools
 import types
 import warnings
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ _PRODUCTS: dict[type[nnx.Module], tuple[str, Any]] = {
     nnx.Conv: ("conv_general_dilated", lax.conv_general_dilated),
     nnx.Linear: ("dot_general", lax.dot_general),
 }
+_CHANGE_KERNELS = (nnx.WeightNorm, nnx.SpectralNorm)
 NO_SWAT_FORM = (nnx.ConvTranspose, nnx.LinearGeneral, nnx.Einsum, nnx.bridge.ToNNX)
 
 
@@ -83,7 +84,8 @@ def sparsify(
     does not reach them.
 
     Paths are those of `nnx.iter_modules`, such as ``stage1/0/conv1`` (`swat_jax.summary` prints
-    them in the order of execution); patterns are those of `swat_jax.patterns`.
+    them in the order of execution), or any other of a shared module; patterns are those of
+    `swat_jax.patterns`.
 
     Args:
       model: any NNX model; it stays as it is.
@@ -137,17 +139,13 @@ def sparsify(
         pack = kernels.packs() and distribution != "momentum"
     model = nnx.clone(model)
     layers = {_text(path): module for path, module in nnx.iter_modules(model)}
-    users = Counter(
-        id(held)
-        for module in layers.values()
-        for held in vars(module).values()
-        if isinstance(held, nnx.Variable)
-    )
+    users = _users(layers.values())
     layers = {path: layer for path, layer in layers.items() if _is_candidate(layer)}
     if not layers:
         raise UsageError("model has no layer that could be sparse: no nnx.Conv and no nnx.Linear")
-    layers = {path: layers[path] for path in request.chosen(layers)}
-    wanted, left = _plan(request, layers, users)
+    also = _other_paths(model)
+    layers = {path: layers[path] for path in request.chosen(layers, also)}
+    wanted, left = _plan(request, layers, users, also)
     if left:
         warnings.warn(f"left as they are: {told(left)}", UserWarning, stacklevel=2)
     for path, settings in wanted.items():
@@ -192,7 +190,10 @@ def densify(model: Model, *, prune: bool = False) -> Model:
 
 
 def _plan(
-    request: Request, layers: Mapping[str, Any], users: Mapping[int, int]
+    request: Request,
+    layers: Mapping[str, Any],
+    users: Mapping[int, Sequence[nnx.Module]],
+    also: Mapping[str, str],
 ) -> tuple[dict[str, LayerSparsity], dict[str, str]]:
     """The settings of all layers that can be sparse, and why the others cannot."""
     reasons = {path: _why_not(layer, users) for path, layer in layers.items()}
@@ -202,7 +203,7 @@ def _plan(
         if not shapes:
             why = told(left) if left else "filter takes none"
             raise UsageError(f"model has no layer that can be sparse: {why}")
-        wanted = request.per_layer(shapes, left)
+        wanted = request.per_layer(shapes, left, also)
         # Those that lack room for state are in no distribution either.
         late = {path: _why_no_state(layers[path], one) for path, one in wanted.items()}
         if not any(late.values()):
@@ -212,6 +213,16 @@ def _plan(
 
 def _text(path: Sequence[Any]) -> str:
     return "/".join(map(str, path))
+
+
+def _other_paths(model: nnx.Module) -> dict[str, str]:
+    """The further paths of shared modules, and of what is in them -> the one that NNX gives."""
+    names = {path: path for path, _ in nnx.iter_modules(model)}
+    for first, *others in nnx.find_duplicates(model):
+        for path, known in list(names.items()):
+            if path[: len(first)] == first:
+                names |= {(*other, *path[len(first) :]): known for other in others}
+    return {_text(path): _text(known) for path, known in names.items() if path != known}
 
 
 def _is_candidate(layer: nnx.Module) -> bool:
@@ -227,17 +238,29 @@ def _stock_of(layer: nnx.Module | type[nnx.Module]) -> type[nnx.Module]:
     return nnx.Conv if issubclass(kind, nnx.Conv) else nnx.Linear
 
 
-def _why_not(layer: Any, users: Mapping[int, int]) -> str:
+def _users(modules: Iterable[nnx.Module]) -> Mapping[int, list[nnx.Module]]:
+    """Who has a variable, and who changes all that a layer has, by id of the variable or layer."""
+    users: dict[int, list[nnx.Module]] = defaultdict(list)
+    for module in modules:
+        for held in vars(module).values():
+            if isinstance(held, nnx.Variable):
+                users[id(held)].append(module)
+        if isinstance(module, _CHANGE_KERNELS):
+            users[id(module.layer_instance)].append(module)
+    return users
+
+
+def _why_not(layer: Any, users: Mapping[int, Sequence[nnx.Module]]) -> str:
     """Why a layer cannot be a SWAT layer; empty if it can.
 
     Args:
       layer: one that `_is_candidate`.
-      users: how many modules have a kernel, by its id.
+      users: from `_users`.
     """
     name = type(layer).__name__
     if isinstance(layer, NO_SWAT_FORM):
         if isinstance(layer, nnx.bridge.ToNNX):
-            return "is a Linen module (see swat_jax.linen)"
+            return "it is a Linen module: see swat_jax.linen"
         return f"{name} has no SWAT form"
     if not isinstance(layer.kernel, nnx.Variable) or not hasattr(layer.kernel, "get_value"):
         return "its kernel is no variable"
@@ -245,12 +268,14 @@ def _why_not(layer: Any, users: Mapping[int, int]) -> str:
     shape = kernel_shape(layer)
     if not hasattr(kernel, "dtype") or not jnp.issubdtype(kernel.dtype, jnp.floating):
         return "its kernel is no array of floats"
-    if kernel.size == 0 or len(shape) > 5 or len(shape) < 2 or kernel.shape[-1:] == ():
+    if kernel.size == 0 or not 2 <= len(shape) <= 5:
         return f"its kernel has the shape {kernel.shape}"
     if getattr(layer, "mask", None) is not None:
         return "it has a mask of its own"
-    if users[id(layer.kernel)] > 1:
+    if len(users[id(layer.kernel)]) > 1:
         return "it shares its kernel with another layer"
+    if users[id(layer)]:
+        return f"{type(users[id(layer)][0]).__name__} changes its kernel"
     if isinstance(layer, SwatConv | SwatLinear):
         return f"its class {name} is a SWAT layer of its own make" if _is_own_class(layer) else ""
     stock = _stock_of(layer)
@@ -279,11 +304,13 @@ def _is_own_class(layer: SwatConv | SwatLinear) -> bool:
 
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:
-    """Of one layer, where it is a stack of them."""
+    """Of one layer, where ``layer`` is a stack of them."""
+    present = layer.kernel.get_value().shape
+    shape = (layer.in_features, layer.out_features)
     if isinstance(layer, nnx.Conv):
         inputs = layer.in_features // layer.feature_group_count
-        return (*layer.kernel_size, inputs, layer.out_features)
-    return (layer.in_features, layer.out_features)
+        shape = (*layer.kernel_size, inputs, layer.out_features)
+    return present if len(present) == len(shape) else shape
 
 
 @functools.cache

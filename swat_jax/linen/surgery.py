@@ -99,8 +99,8 @@ def sparsify(
     """
     if distribution == "momentum":
         raise UsageError(
-            "distribution must be uniform or erk for Linen modules, got 'momentum': its budgets are "
-            "state that only swat_jax.sparsify has, for NNX models"
+            "distribution must be uniform or erk for Linen modules, got 'momentum': its budgets "
+            "are state that only swat_jax.sparsify has, for NNX models"
         )
     request = Request(
         sparsity=sparsity,
@@ -154,7 +154,7 @@ class SparseModule:
         return dataclasses.replace(self, deterministic=True)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As `flax.linen.Module.init`; spreads the sparsity over the layers that the call reaches."""
+        """As `flax.linen.Module.init`; spreads the sparsity over the layers that are called."""
         return self.init_with_output(rngs, *args, **kwargs)[1]
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -290,8 +290,8 @@ class SparseModule:
             path = "/".join(layer.path)
             if path not in seen:
                 raise UsageError(
-                    f"the layer {path} has no share in the sparsity: the call that spread it did not "
-                    "reach it. Call init, or apply for the first time, so that it reaches all layers"
+                    f"the layer {path} has no share in the sparsity: the call that spread it did "
+                    "not reach it. Call init, or apply for the first time, with all layers in use"
                 )
             if path not in plan.layers:
                 return next_fun(*args, **kwargs)
@@ -303,7 +303,7 @@ class SparseModule:
 
 
 def _is_candidate(layer: nn.Module) -> bool:
-    """Whether it is a layer of a kind that `sparsify` is about; SWAT layers made by hand are not."""
+    """Whether `sparsify` is about layers of this kind; not about those of SWAT made by hand."""
     by_hand = isinstance(layer, SwatConv | SwatDense) or (
         isinstance(layer.parent, SwatConv | SwatDense)
     )

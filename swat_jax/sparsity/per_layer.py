@@ -102,11 +102,12 @@ class Request:
                 f"momentum, where one budget serves both; got {self.activation_sparsity}"
             )
 
-    def chosen(self, layers: Mapping[str, Any]) -> list[str]:
+    def chosen(self, layers: Mapping[str, Any], also: Mapping[str, str] | None = None) -> list[str]:
         """The paths of the layers that `filter` takes.
 
         Args:
           layers: path -> layer, of all of them.
+          also: other paths of shared layers -> their path in ``layers``.
 
         Raises:
           UsageError: a pattern fits none.
@@ -115,11 +116,16 @@ class Request:
             return list(layers)
         if callable(self.filter):
             return [path for path, layer in layers.items() if self.filter(path, layer)]
-        found = {p for x in _several(self.filter) for p in patterns.select(x, layers, "filter")}
+        found: set[str] = set()
+        for pattern in _several(self.filter):
+            found |= _select(pattern, layers, also, "filter")
         return [path for path in layers if path in found]
 
     def per_layer(
-        self, shapes: Mapping[str, Shape], left: Collection[str] = ()
+        self,
+        shapes: Mapping[str, Shape],
+        left: Collection[str] = (),
+        also: Mapping[str, str] | None = None,
     ) -> dict[str, LayerSparsity]:
         """The sparsity of every layer.
 
@@ -129,16 +135,17 @@ class Request:
         Args:
           shapes: path -> shape of the kernel, of the layers that become sparse, in any order.
           left: paths of layers that cannot; patterns in `dense` may name them.
+          also: other paths of shared layers -> their path in ``shapes`` or ``left``.
 
         Raises:
           UsageError: a pattern fits no layer, or settings do not go together.
         """
         own: dict[str, dict[str, Any]] = {path: {} for path in shapes}
         for pattern in _several(self.dense):
-            for path in patterns.select(pattern, [*shapes, *left], "dense"):
+            for path in _select(pattern, [*shapes, *left], also, "dense"):
                 own.get(path, {}).update(weight_sparsity=0.0, activation_sparsity=0.0)
         for pattern, override in (self.overrides or {}).items():
-            for path in patterns.select(pattern, list(shapes), "overrides"):
+            for path in _select(pattern, shapes, also, "overrides"):
                 own[path].update(_settings(override))
         weight = self._spread(shapes, own, "weight_sparsity", self.sparsity)
         activation = self._spread(
@@ -203,6 +210,15 @@ def told(left: Mapping[str, str], most: int = 10) -> str:
         more = f" and {len(paths) - most} more" if len(paths) > most else ""
         parts.append(f"{', '.join(paths[:most])}{more} ({why})")
     return "; ".join(parts)
+
+
+def _select(
+    pattern: str, paths: Collection[str], also: Mapping[str, str] | None, argument: str
+) -> set[str]:
+    """The paths that fit a pattern, by any of their names."""
+    others = {name: path for name, path in (also or {}).items() if path in paths}
+    found = patterns.select(pattern, [*paths, *others], argument)
+    return {others.get(name, name) for name in found}
 
 
 def _several(given: str | Sequence[str]) -> Sequence[str]:
