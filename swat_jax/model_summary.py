@@ -19,6 +19,7 @@ from swat_jax import kept_bytes, layer_table
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.sparsity import granularity as granularities
+from swat_jax.sparsity.per_layer import told
 from swat_jax.surgery import NO_SWAT_FORM, densify, kernel_shape
 
 
@@ -261,14 +262,23 @@ def _bytes(kept: Iterable[kept_bytes.Kept]) -> dict[str, int]:
 
 
 def _notes(modules: dict[str, Any], called: dict[str, Any]) -> Iterable[str]:
-    missing = [
-        f"{path or 'the model'} ({type(module).__name__})"
+    other = {
+        path: type(module).__name__
         for path, module in modules.items()
-        if isinstance(module, (nnx.Conv, nnx.Linear, *NO_SWAT_FORM)) and path not in called
-    ]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        yield f"not counted, other layers or not called: {', '.join(missing[:10])}{more}"
+        if isinstance(module, NO_SWAT_FORM)
+    }
+    if other:
+        yield f"not counted: {told(other)}"
+    unused = {
+        path: type(module).__name__
+        for path, module in modules.items()
+        if isinstance(module, nnx.Conv | nnx.Linear) and path not in called
+    }
+    if unused:
+        yield (
+            f"never called: {told(unused)}; where the model computes with their kernels itself, "
+            "SWAT has no part in it: leave them out by sparsify's filter"
+        )
     sparse = [one for one in modules.values() if isinstance(one, SwatConv | SwatLinear)]
     if any(not one.pack for one in sparse):
         yield (

@@ -79,6 +79,10 @@ def sparsify(
     would need state, `nnx.ConvTranspose`, `nnx.LinearGeneral`, `nnx.Einsum`. What ``filter`` leaves
     out is not mentioned.
 
+    A layer that the model never calls, since it computes with the kernel itself, is not seen to be
+    one: it would train dense and be pruned all the same. `swat_jax.summary` names such layers;
+    leave them out by ``filter``.
+
     The new layers are in training mode: call ``model.eval()`` for exact masks and dense
     activations, and ``model.train()``. A ``deterministic=`` that is an argument of the model's call
     does not reach them.

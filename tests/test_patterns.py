@@ -46,7 +46,7 @@ def test_a_layer_that_is_the_whole_model():
     ],
 )
 def test_what_fits_none_says_what_may_have_been_meant(pattern, words):
-    with pytest.raises(UsageError, match="^dense"):
+    with pytest.raises(UsageError, match=r"^dense"):
         patterns.select(pattern, PATHS, "dense")
     with pytest.raises(UsageError, match=words):
         patterns.select(pattern, PATHS, "dense")

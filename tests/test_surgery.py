@@ -15,7 +15,7 @@ import swat_jax
 from swat_jax import SwatConv, SwatLinear, densify, export, kernels, models, sparsify
 from swat_jax.errors import UsageError
 from tests import oracle
-from tests.own_models import LABELS, X, Net, by_hand, stock
+from tests.own_models import LABELS, Net, X, by_hand, stock
 
 SPARSE = {"weight_sparsity": 0.75, "activation_sparsity": 0.5}
 
@@ -357,7 +357,7 @@ def test_what_cannot_be_sparse_stays_and_is_named_with_the_reason(name):
         sparsify(layer, sparsity=0.5)
     # Who leaves it out knows of it.
     sparsify(given, sparsity=0.5, filter="other")
-    with pytest.warns(UserWarning):
+    with pytest.warns(UserWarning, match="left as they are"):
         sparsify(given, sparsity=0.5, dense=name)
 
 
