@@ -11,10 +11,13 @@
         optimizer.update(model, grads)
         return loss
 
-    model.eval()                                  # exact masks, dense activations; and
-    model.train() swat_jax.export.save("net.safetensors", model)            # the hard-pruned
-    weights swat_jax.export.load_into("net.safetensors", MyModel(rngs=nnx.Rngs(0)))   # into stock
-    layers plain = swat_jax.densify(model, prune=True)               # the same without a file
+    model.eval()                                         # exact masks, dense activations
+    export.save("net.safetensors", model)                # the hard-pruned weights
+    export.load_into("net.safetensors", MyModel(rngs=nnx.Rngs(0)))    # into stock layers
+    plain = swat_jax.densify(model, prune=True)          # the same without a file
+
+`export` is `swat_jax.export`. On a GPU, ``with swat_jax.layers.find_weight_thresholds(model):``
+around the model's call in training finds the thresholds of all layers in one kernel.
 
 A layer becomes a SWAT layer in its place: its class changes, and the settings of `swat_jax.layers`
 are added. What refers to it, and what it holds, stays.

@@ -201,6 +201,20 @@ def test_layers_under_scan_compute_as_each_alone():
         np.testing.assert_array_equal(pruned[number], kernel * oracle.weight_mask(kernel, keep=9))
 
 
+def test_boxes_around_parameters_stay():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    module = nn.Dense(4, kernel_init=init)
+    x = jax.random.normal(jax.random.key(0), (2, 4))
+    model = sparsify(module, sparsity=0.75)
+    variables = model.init(jax.random.key(0), x)
+    assert_identical(variables, module.init(jax.random.key(0), x))
+    expected = SwatDense(4, weight_sparsity=0.75).apply(nn.meta.unbox(variables), x)
+    np.testing.assert_array_equal(model.apply(variables, x), expected)
+    kernel = model.prune(variables)["params"]["kernel"]
+    assert kernel.names == (None, "model")
+    assert np.count_nonzero(kernel.value) == 4
+
+
 def test_erk_is_spread_over_what_the_call_reaches(variables):
     model = model_of(distribution="erk", dense=(), overrides={"Dense_0": 0.5})
     model.apply(variables, X, train=False)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -215,7 +216,11 @@ class SparseModule:
             name, shape = f"{path}/kernel".lstrip("/"), self._plan.shapes[path]
             units = granularities.units(shape, settings.granularity)
             keep = top_k.keep_count(settings.weight_sparsity, units)
-            flat[name] = granularities.pruned(flat[name], shape, settings.granularity, keep)
+            prune = functools.partial(
+                granularities.pruned, shape=shape, granularity=settings.granularity, keep=keep
+            )
+            # A kernel may lie in a box that says how it is partitioned.
+            flat[name] = jax.tree.map(prune, flat[name])
         params = traverse_util.unflatten_dict(flat, sep="/")
         rest = {k: v for k, v in variables.items() if k not in ("params", "thresholds")}
         return {"params": params, **rest}
@@ -248,7 +253,7 @@ class SparseModule:
                     return next_fun(*args, **kwargs)
             result = next_fun(*args, **kwargs)
             path = "/".join(layer.path)
-            kernel = layer.get_variable("params", "kernel")
+            kernel = nn.meta.unbox(layer.get_variable("params", "kernel"))
             layers[path], shapes[path] = layer, getattr(kernel, "shape", ())
             reasons[path] = _why_not(layer, kernel)
             if changes_kernels and not reasons[path]:
