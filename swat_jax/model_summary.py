@@ -157,6 +157,9 @@ def summary(
     The model is called once as in training and once as in evaluation, abstractly: nothing is
     computed, and it may be abstract itself (`nnx.eval_shape`). It stays as it is.
 
+    A loop within the model (`nnx.scan` over time, `nnx.RNN`) is traced once, and its layers count
+    for one turn; a loop over stacked layers counts for all of them.
+
     Bytes are counted as they are with the CUDA kernels, which pack saved inputs, whether there are
     any here or not. Norms and activation functions keep what they keep; they are in no row.
 

@@ -2,13 +2,14 @@
 
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 import swat_jax
@@ -184,6 +185,43 @@ def test_the_call_of_a_stack_of_layers_is_that_of_each():
     for number in range(3):
         mask = oracle.weight_mask(np.asarray(given.kernel[...][number]), keep=4)
         np.testing.assert_array_equal(kernel[number], given.kernel[...][number] * mask)
+
+
+class Pair(nnx.Pytree):
+    def __init__(self, layer):
+        self.layer = layer
+
+
+@struct.dataclass
+class Plain:
+    layer: Any
+
+
+class Containers(nnx.Module):
+    """Layers in tuples, dicts and lists, in dataclasses, and within a loop over time."""
+
+    def __init__(self, linear, *, rngs):
+        one, two, three, four = (linear(4, 4, rngs=rngs) for _ in range(4))
+        self.nested = nnx.data((one, {"list": [two]}))
+        self.pair = Pair(three)
+        self.plain = nnx.data(Plain(four))
+        self.loop = nnx.RNN(nnx.SimpleCell(4, 4, rngs=rngs))
+
+    def __call__(self, x):
+        x = self.nested[1]["list"][0](self.nested[0](x))
+        return self.loop(self.plain.layer(self.pair.layer(x)))
+
+
+def test_layers_are_found_in_containers_of_all_kinds():
+    given = Containers(nnx.Linear, rngs=nnx.Rngs(0))
+    model = sparsify(given, sparsity=0.5, filter=lambda path, layer: "loop" not in path)
+    same(model, Containers(functools.partial(SwatLinear, weight_sparsity=0.5), rngs=nnx.Rngs(0)))
+    model = sparsify(given, sparsity=0.5)
+    assert sum(isinstance(m, SwatLinear) for _, m in nnx.iter_modules(model)) == 6
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    plain = densify(model, prune=True)
+    np.testing.assert_array_equal(plain(x), model(x))
+    assert not np.array_equal(given(x), model(x))
 
 
 def test_settings_of_layers_by_pattern():
