@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 
 # From the bottom to the top; a folder stands for all that is in it.
 LEVELS = (
-    {"errors", "files"},
+    {"errors", "files", "abstract_call"},
+    {"patterns"},
     {
         "sparse_file",
         "sparsity",
@@ -31,15 +32,15 @@ LEVELS = (
     {"kernels", "config_file"},
     {"functional", "self_test"},
     {"layers", "linen", "dropout"},
-    {"norm_relu"},
+    {"norm_relu", "surgery"},
     {"models"},
     {"layer_table"},
     {"build"},
     {"kept_bytes"},
-    {"flops", "listing"},
+    {"flops", "listing", "model_summary"},
     {"network"},
     {"pruning"},
-    {"step"},
+    {"step", "budgets"},
     {"feed"},
     {"train"},
     {"main", "info", "report_figures", "export"},
