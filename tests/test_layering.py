@@ -32,7 +32,7 @@ LEVELS = (
     {"functional", "self_test"},
     {"layers", "linen", "dropout"},
     {"norm_relu"},
-    {"models"},
+    {"models", "fusion"},
     {"layer_table"},
     {"build"},
     {"kept_bytes"},
