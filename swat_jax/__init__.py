@@ -1,11 +1,13 @@
 """SWAT: Sparse Weight Activation Training for JAX and Flax.
 
 Layers: `swat_jax.layers` (Flax NNX), `swat_jax.linen` (Flax Linen). Products with gradient
-rules: `swat_conv`, `swat_linear`. Training: ``python -m swat_jax.main --config FILE``.
+rules: `swat_conv`, `swat_linear`. Networks of stock layers: `fuse`. Training:
+``python -m swat_jax.main --config FILE``.
 """
 
 from swat_jax.errors import RunError, UsageError
 from swat_jax.functional import swat_conv, swat_linear
+from swat_jax.fusion import fuse
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.sparsity.distribution import erdos_renyi_kernel
 
@@ -15,6 +17,7 @@ __all__ = [
     "SwatLinear",
     "UsageError",
     "erdos_renyi_kernel",
+    "fuse",
     "swat_conv",
     "swat_linear",
 ]

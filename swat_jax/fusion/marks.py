@@ -8,7 +8,6 @@ how to have the layer again, with its state as it is at that point of the progra
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import threading
@@ -19,15 +18,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 from swat_jax.activations import Activation
 from swat_jax.dropout import Dropout
+from swat_jax.fusion.state import Changes, Path, Structure, split
 from swat_jax.layers import SwatConv, SwatLinear, keep_kernel_dtype
-
-# Where a layer's variable sits in it.
-Path = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -38,50 +35,39 @@ class Mark:
     what changed of the state.
 
     Attributes:
-      kind: the class whose call it is: `flax.nnx.BatchNorm`, `SwatConv`, `SwatLinear`, or a dropout.
+      kind: whose call it is: `flax.nnx.BatchNorm`, `SwatConv`, `SwatLinear`, or a dropout.
       name: of the layer.
       call: the call as the layer computes it.
       options: what else the call was given, or the layer knows.
-      graph: the structure of the layer, as `flax.nnx.split` has it; None for dropout, which has no
-        state.
-      variables: the paths of its state, each with its variable.
+      structure: of the layer; None for dropout, which has no state.
       changed: the paths of what the call changes.
       is_plain: whether it may be computed in another way; for a SWAT layer, whether it packs its
         input and multiplies it as it came.
-      why: why it is not plain; empty if it is.
+      why: why it is not plain, if there is more to say than that nothing is packed.
     """
 
     kind: type
     name: str
     call: Any
     options: Mapping[str, Any]
-    graph: Any = None
-    variables: tuple[tuple[Path, Any], ...] = ()
+    structure: Structure | None = None
     changed: tuple[Path, ...] = ()
     is_plain: bool = True
     why: str = ""
 
-    def layer(self, state: Sequence[Any]) -> Any:
-        """The layer with this state, one value for each of `variables`."""
-        flat = {
-            path: variable.replace(value)
-            for (path, variable), value in zip(self.variables, state, strict=True)
-        }
-        return nnx.merge(self.graph, nnx.from_flat_state(flat), copy=True)
-
-    def changes(self, layer: Any) -> list[jax.Array]:
-        """The results of the equation after the first, from the layer after its call."""
-        values = dict(_flat_state(layer))
-        return [values[path].get_value() for path in self.changed]
+    def layer(self, operands: Sequence[Any]) -> Any:
+        """The layer with the state that is among the operands of the equation."""
+        assert self.structure is not None
+        return self.structure.merge(operands[1 : 1 + len(self.structure.variables)])
 
     def run(self, *operands: Any) -> list[jax.Array]:
         """The results as the layer computes them."""
         count = len(operands) - len(self.call.consts)
-        call = ClosedJaxpr(self.call.jaxpr, operands[count:])
+        call = self.call.replace(consts=list(operands[count:]))
         return jaxpr_as_fun(call)(*operands[:count])
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Marking:
     """One trace that marks layers.
 
@@ -104,7 +90,10 @@ class Marking:
         return f"{kind} {self.counts[kind]}"
 
 
-_active: contextvars.ContextVar[Marking | None] = contextvars.ContextVar("marking", default=None)
+# A function under `jax.jit` that was traced before must be traced again inside, and what is traced
+# inside must not be found outside: this context is part of JAX's cache keys. Each thread has its
+# own.
+_active: Any = jax.make_user_context(None)
 _lock = threading.Lock()
 _depth = 0
 
@@ -113,12 +102,8 @@ _depth = 0
 def marking() -> Iterator[Marking]:
     """Layers that are called inside, by this thread, become single equations."""
     found = Marking()
-    with _replaced_calls():
-        token = _active.set(found)
-        try:
-            yield found
-        finally:
-            _active.reset(token)
+    with _replaced_calls(), _active(found):
+        yield found
 
 
 # ---------- The equation ----------
@@ -181,7 +166,7 @@ mlir.register_lowering(layer_call_p, mlir.lower_fun(_run, multiple_results=True)
 
 
 def _note_lost(mark: Mark, how: str) -> None:
-    found = _active.get()
+    found = _active.value
     if found is not None:
         found.notes.append(f"{mark.name}: left as it is, since it is {how} within the function")
 
@@ -194,15 +179,14 @@ def _bind(
     **facts: Any,
 ) -> list[jax.Array]:
     """Puts the equation into the trace; ``call`` takes the operands."""
-    active = _active.get()
+    active = _active.value
     assert active is not None
-    token = _active.set(None)  # a call inside is part of this one
-    try:
+    with _active(None):  # a call inside is part of this one
         jaxpr = jax.make_jaxpr(call)(*operands)
-    finally:
-        _active.reset(token)
     # `facts` that are found while the call is traced come as functions.
-    known = {name: fact() if callable(fact) else fact for name, fact in facts.items()}
+    known: dict[str, Any] = {
+        name: fact() if callable(fact) else fact for name, fact in facts.items()
+    }
     mark = Mark(kind, active.name(layer), jaxpr, **known)
     return layer_call_p.bind(*operands, *jaxpr.consts, mark=mark)
 
@@ -214,42 +198,25 @@ def _mark_layer(
     x: jax.Array,
     *,
     options: Mapping[str, Any],
+    is_plain: bool,
     why: str,
 ) -> jax.Array:
     """Calls a layer that has state, as one equation."""
-    graph, state = nnx.split(layer)
-    variables = tuple(nnx.to_flat_state(state))
-    partial = Mark(kind, "", None, {}, graph, variables)
-    changes: dict[Path, Any] = {}
+    structure, state = split(layer)
+    found: list[Changes] = []
 
     def run(x: jax.Array, *values: jax.Array) -> list[jax.Array]:
-        clone = partial.layer(values)
-        before = {path: value for (path, _), value in zip(variables, values, strict=True)}
+        clone = structure.merge(values)
         output = stock(clone, x, **options)
-        changes.clear()
-        changes.update({
-            path: variable
-            for path, variable in _flat_state(clone)
-            if variable.get_value() is not before.get(path)
-        })
-        return [output, *(variable.get_value() for variable in changes.values())]
+        found.append(structure.changes(clone, values))
+        return [output, *found[-1].values]
 
-    values = [variable.get_value() for _, variable in variables]
     output, *results = _bind(
-        kind, layer, run, [jnp.asarray(x), *values], options=options, graph=graph,
-        variables=variables, changed=lambda: tuple(changes), is_plain=not why, why=why,
+        kind, layer, run, [x, *state], options=options, structure=structure,
+        changed=lambda: tuple(found[-1].new), is_plain=is_plain, why=why,
     )  # fmt: skip
-    if changes:
-        pairs = zip(changes.items(), results, strict=True)
-        flat = {path: old.replace(value) for (path, old), value in pairs}
-        nnx.update(layer, nnx.from_flat_state(flat))
-    if getattr(layer, "next_weight_threshold", None) is not None:
-        layer.next_weight_threshold = nnx.data(None)  # the call has used it up
+    found[-1].apply(layer, results)
     return output
-
-
-def _flat_state(layer: Any) -> tuple[tuple[Path, Any], ...]:
-    return tuple(nnx.to_flat_state(nnx.state(layer)))
 
 
 # ---------- What is marked ----------
@@ -267,9 +234,8 @@ def _mark_norm(
     if constant is None:
         return stock(layer, x, use_running_average, mask=mask)  # which says what lacks
     options = {"use_running_average": constant, "mask": mask}
-    return _mark_layer(
-        nnx.BatchNorm, layer, stock, x, options=options, why=_norm_is_left(layer, x, mask)
-    )
+    why = _norm_is_left(layer, x, mask)
+    return _mark_layer(nnx.BatchNorm, layer, stock, x, options=options, is_plain=not why, why=why)
 
 
 def _norm_is_left(layer: Any, x: jax.Array, mask: Any) -> str:
@@ -319,14 +285,13 @@ def _mark_swat(
         if inputs.packed is not None:
             return stock(layer, inputs, **options)  # who packed it knows its readers
         inputs = inputs.x
-    why = _packs_nothing(layer, jnp.asarray(inputs))
-    return _mark_layer(kind, layer, stock, inputs, options=options, why=why)
+    why = _takes_nothing_packed(layer, inputs) if layer.packs else ""
+    is_plain = layer.packs and not why
+    return _mark_layer(kind, layer, stock, inputs, options=options, is_plain=is_plain, why=why)
 
 
-def _packs_nothing(layer: Any, x: jax.Array) -> str:
+def _takes_nothing_packed(layer: Any, x: jax.Array) -> str:
     """Why a SWAT layer cannot take its input in packed form, or nothing."""
-    if not layer.packs:
-        return "it does not pack its input"
     if layer.promote_dtype is not keep_kernel_dtype:
         return "it promotes types in a way of its own"
     bias = None if layer.bias is None else layer.bias[...]
@@ -366,7 +331,7 @@ def _mark_dropout(
     if kind is Dropout and not 0 < layer.drawn_rate < 1:
         why = f"it drops {layer.rate}, which is rounded to {layer.drawn_rate}"
     facts = {"options": {"rate": layer.rate}, "is_plain": not why, "why": why}
-    return _bind(kind, layer, run, [jnp.asarray(inputs), key], **facts)[0]
+    return _bind(kind, layer, run, [inputs, key], **facts)[0]
 
 
 _MARKERS: dict[type, Callable[..., jax.Array]] = {
@@ -381,9 +346,7 @@ STOCK: dict[type, Callable[..., jax.Array]] = {kind: kind.__call__ for kind in _
 
 @contextlib.contextmanager
 def _replaced_calls() -> Iterator[None]:
-    """Layers ask, when they are called, whether they are to be marked; of all threads one puts it
-    there and one takes it away.
-    """
+    """Layers ask whether they are to be marked when they are called; threads share that."""
     global _depth
     with _lock:
         if not _depth:
@@ -403,9 +366,8 @@ def _replaced_calls() -> Iterator[None]:
 def _asking(stock: Callable[..., Any], marker: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if _active.get() is None:
+        if _active.value is None:
             return stock(layer, *args, **kwargs)
         return marker(stock, layer, *args, **kwargs)
 
     return call
-

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from swat_jax.fusion.program import Program, Step, called, open_jaxpr
+from swat_jax.fusion.program import START, Program, Step, called, is_wrapper, open_jaxpr
 
-# Calls that may wrap a single operation: `jax.nn.relu` is three deep.
-_WRAPPERS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call")
+_CASTS = ("convert_element_type", "broadcast_in_dim", "pvary", "pcast")
 _MOST_POSITIONS = 255  # what `functional.max_pool` takes
 
 
@@ -73,19 +72,42 @@ def max_pooling(program: Program, step: Step) -> dict[str, Any] | None:
 def _operation(program: Program, step: Step) -> Operation | None:
     """The one operation of a step, or None if there are several."""
     equation = step.equation
-    operands = tuple(program.literals.get(number, number) for number in step.inputs)
-    while equation.primitive.name in _WRAPPERS:
+    operands = tuple(_literal(program, number) or number for number in step.inputs)
+    while is_wrapper(equation):
         body = open_jaxpr(called(equation))
-        if len(body.eqns) != 1 or body.constvars:
+        if body.constvars:
             return None
-        outer = dict(zip(body.invars, operands, strict=True))
-        (equation,) = body.eqns
+        known: dict[Any, Any] = dict(zip(body.invars, operands, strict=True))
+        rest = []
+        for inner in body.eqns:
+            atoms = tuple(
+                atom if isinstance(atom, Literal) else known.get(atom) for atom in inner.invars
+            )
+            if _casts(inner) and isinstance(atoms[0], Literal):
+                known[inner.outvars[0]] = atoms[0]
+            else:
+                rest.append((inner, atoms))
+        if len(rest) != 1:
+            return None
+        ((equation, operands),) = rest
         if list(body.outvars) != list(equation.outvars):
             return None
-        operands = tuple(
-            atom if isinstance(atom, Literal) else outer[atom] for atom in equation.invars
-        )
     return Operation(equation.primitive.name, equation.params, operands)
+
+
+def _literal(program: Program, number: int) -> Any:
+    """The literal that a value is, but for its type and shape; or None."""
+    while number not in program.literals:
+        place = program.defined[number]
+        if place == START or not _casts(program.steps[place].equation):
+            return None
+        number = program.steps[place].inputs[0]
+    return program.literals[number]
+
+
+def _casts(equation: Any) -> bool:
+    """Whether a scalar stays what it is, in another type or shape."""
+    return equation.primitive.name in _CASTS and len(equation.invars) == 1
 
 
 def _is_zero(literal: Any) -> bool:

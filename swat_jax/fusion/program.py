@@ -37,8 +37,18 @@ class Step:
 
     @property
     def name(self) -> str:
-        """Of the layer, or of the primitive."""
-        return self.mark.name if self.mark else self.equation.primitive.name
+        """Of the layer, of the function that is called, or of the primitive."""
+        if self.mark is not None:
+            return self.mark.name
+        equation = self.equation
+        while True:
+            name = equation.params.get("name")
+            if isinstance(name, str):
+                return name
+            inside = open_jaxpr(called(equation)).eqns if is_wrapper(equation) else ()
+            if len(inside) != 1:
+                return equation.primitive.name
+            (equation,) = inside
 
     @functools.cached_property
     def has_marks_inside(self) -> bool:
@@ -136,6 +146,11 @@ class Program:
 def open_jaxpr(jaxpr: Any) -> Any:
     """The jaxpr of a closed one, or itself."""
     return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def is_wrapper(equation: Any) -> bool:
+    """Whether an equation is a call; `jax.nn.relu` is one within another."""
+    return equation.primitive.name in (*_CALLS, "custom_jvp_call")
 
 
 def called(equation: Any) -> Any:

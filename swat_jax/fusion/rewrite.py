@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.core import Tracer
 
 from swat_jax import functional
 from swat_jax.activations import Activation, Branches
@@ -19,6 +19,7 @@ from swat_jax.fusion.marks import STOCK
 from swat_jax.fusion.plan import Pass
 from swat_jax.fusion.program import START, Program, Step, open_jaxpr
 from swat_jax.fusion.report import NormReport, Report
+from swat_jax.fusion.state import values_at
 from swat_jax.layers import SwatConv, SwatLinear, find_weight_thresholds
 from swat_jax.norm_relu import BatchNormRelu, branch
 from swat_jax.sparsity import packing
@@ -74,14 +75,18 @@ class _Evaluation:
             self._share(number)
 
     def known_layers(self) -> list[Any]:
-        """SWAT layers whose weights and state are inputs of the program, to be called later."""
-        return [
+        """SWAT layers whose weights and state are inputs of the program, to be called later.
+
+        Not those whose threshold is among the inputs: then the function's caller has found it.
+        """
+        layers = [
             self._layer(position)
             for position, step in enumerate(self.program.steps)
             if step.mark is not None
             and step.mark.kind in _SWAT
             and all(self.program.defined[number] == START for number in step.inputs[1:])
         ]
+        return [layer for layer in layers if layer.next_weight_threshold is None]
 
     def step(self, position: int) -> None:
         """Evaluates one step."""
@@ -113,7 +118,7 @@ class _Evaluation:
         norm_step = program.steps[one.norm]
         mark = norm_step.mark
         assert mark is not None
-        norm = mark.layer([self.values[number] for number in norm_step.inputs[1:]])
+        norm = self._layer(one.norm)
         output = program.types[norm_step.outputs[0]]
         _become_fused(norm, output, mark.options["use_running_average"])
         positions = self.plan.packing.get(one.value, ())
@@ -130,7 +135,7 @@ class _Evaluation:
             before=before,
             dropout=None if one.dropout is None else self._dropout(one.dropout),
         )
-        self.values |= zip(norm_step.outputs[1:], mark.changes(norm), strict=True)
+        self.values |= zip(norm_step.outputs[1:], values_at(norm, mark.changed), strict=True)
         if before:
             self.values[x] = branches.before
         if dense_for:
@@ -164,14 +169,16 @@ class _Evaluation:
         given = self.given.pop(position, None)
         if given is None:
             given = Activation(self.values[x])
-        if given.packed is None and mark.is_plain and self.program.defined[x] != START:
-            maker = self.program.steps[self.program.defined[x]].name
+        place = self.program.defined[x]
+        if given.packed is None and (mark.is_plain or mark.why) and place != START:
+            maker = self.program.steps[place].name
+            why = f"; {mark.why}" if mark.why else ""
             self.findings.layers.append(
-                f"{step.name}: packs its own input, which is the result of `{maker}`"
+                f"{step.name}: packs its own input, which is the result of `{maker}`{why}"
             )
         layer = self._layer(position)
         output = STOCK[mark.kind](layer, given, **options)
-        return [output, *mark.changes(layer)]
+        return [output, *values_at(layer, mark.changed)]
 
     def _as_it_is(self, step: Step, operands: list[Any]) -> list[Any]:
         """Any other equation; within a body that is computed again or repeated there is fusion."""
@@ -187,7 +194,9 @@ class _Evaluation:
                 inner = equation.params["jaxpr"]
                 types = open_jaxpr(inner).invars
                 again = jax.make_jaxpr(_body(inner, findings))(*(v.aval for v in types))
-                if not again.consts and again.out_avals == inner.out_avals:
+                # Constants of a body are arrays, or it could not be closed.
+                is_closed = not any(isinstance(value, Tracer) for value in again.consts)
+                if is_closed and again.out_avals == inner.out_avals:
                     self.findings.add(findings)
                     return _bind(equation, operands, jaxpr=again)
             self.findings.lost.append(f"layers within `{name}` are left as they are")
@@ -213,8 +222,9 @@ class _Evaluation:
         if position not in self.layers:
             step = self.program.steps[position]
             assert step.mark is not None
-            state = [self.values[number] for number in step.inputs[1:]]
-            self.layers[position] = step.mark.layer(state[: len(step.mark.variables)])
+            # The input may not be there yet, and is not asked for.
+            operands = [None, *(self.values[number] for number in step.inputs[1:])]
+            self.layers[position] = step.mark.layer(operands)
         return self.layers[position]
 
     def _dropout(self, position: int) -> Any:
