@@ -76,11 +76,12 @@ class ResNet(nnx.Module):
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         for block in self.blocks:
             x = block(x)
-        return self.head(jnp.mean(x, axis=(1, 2))).astype(jnp.float32)
+        logits = self.head(jnp.mean(x, axis=(1, 2)))
+        return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
 
 
 class VGG(nnx.Module):
-    """Convs with a bias, max pooling after every stage, and a hidden linear layer."""
+    """Convs with a bias, max pooling after every stage, and two hidden linear layers."""
 
     def __init__(self, sizes, widths, hidden, classes, layers):
         stages, inputs = [], 3
@@ -92,8 +93,10 @@ class VGG(nnx.Module):
                 inputs = width
             stages.append(nnx.List(units))
         self.stages = nnx.List(stages)
-        self.hidden = layers.linear(inputs, hidden)
-        self.dropout = layers.dropout(0.5)
+        self.hidden1 = layers.linear(inputs, hidden)
+        self.dropout1 = layers.dropout(0.5)
+        self.hidden2 = layers.linear(hidden, hidden)
+        self.dropout2 = layers.dropout(0.5)
         self.head = layers.linear(hidden, classes)
 
     def __call__(self, x):
@@ -101,7 +104,8 @@ class VGG(nnx.Module):
             for conv, norm in stage:
                 x = nnx.relu(norm(conv(x)))
             x = nnx.max_pool(x, (2, 2), strides=(2, 2))
-        x = self.dropout(nnx.relu(self.hidden(jnp.mean(x, axis=(1, 2)))))
+        x = self.dropout1(nnx.relu(self.hidden1(jnp.mean(x, axis=(1, 2)))))
+        x = self.dropout2(nnx.relu(self.hidden2(x)))
         return self.head(x)
 
 
@@ -167,7 +171,9 @@ class DenseNet(nnx.Module):
         steps = []
         for stage, size in enumerate(sizes):
             if stage:
-                steps.append(nnx.List([layers.norm(channels), layers.conv(channels, channels // 2, 1)]))
+                steps.append(
+                    nnx.List([layers.norm(channels), layers.conv(channels, channels // 2, 1)])
+                )
                 channels //= 2
             for _ in range(size):
                 steps.append(DenseLayer(channels, growth, layers))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from swat_jax import SwatConv, SwatLinear, fuse, functional, kept_bytes
+from swat_jax import SwatConv, SwatLinear, functional, fuse, kept_bytes
 from swat_jax.dropout import Dropout
 from swat_jax.models import densenet, resnet, vgg, wide_resnet
 from swat_jax.models.layer_factory import LayerFactory
@@ -58,12 +58,14 @@ def call(model, x):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_losses_gradients_and_states(name):
-    """Three steps at period 2: thresholds are found, reused, and found again."""
     with jax.enable_x64(True):
-        build = functools.partial(NETWORKS[name][0], training.swat_layers())
+
+        def build():
+            return NETWORKS[name][0](training.swat_layers())
+
         x = training.images(3, 16, 16, 3)
         fused = fuse(training.sum_of_squares)
-        found = training.train(lambda: build(), fused, x)
+        found = training.train(build, fused, x)
         training.assert_same(found, training.train(build, training.sum_of_squares, x))
     assert all(norm.fused for norm in fused.report.norms)
     assert not fused.report.lost

@@ -14,8 +14,9 @@ from swat_jax import SwatConv, SwatLinear, fuse
 from swat_jax.dropout import Dropout
 from tests.fusion import training
 
-SPARSE = {"weight_sparsity": 0.7, "threshold_every_steps": 2, "pack": True}
+SPARSE = training.REUSED | {"pack": True}
 ALONE = "one pass of batch norm"
+FIRST = "its features are on axis 1 of 4, not on the last of several"
 WHOLE = "one pass of batch norm, relu"
 
 
@@ -124,7 +125,8 @@ def flattened():
     def forward(model, x):
         return model.head(nnx.relu(model.norm(model.conv1(x))).reshape(len(x), -1))
 
-    head = SwatLinear(8 * 64, 5, param_dtype=jnp.float64, rngs=nnx.Rngs(1), **SPARSE)
+    options = {"weight_sparsity": 0.5, "pack": True, "param_dtype": jnp.float64}
+    head = SwatLinear(8 * 64, 5, rngs=nnx.Rngs(1), **options)
     return Net(forward, conv1=conv(3, 8), norm=norm(8), head=head)
 
 
@@ -163,6 +165,7 @@ def own_input(maker, why=""):
 # The network, what the report says of its norms (after name and shape) and in its other lines.
 CASES = {
     "usual": (plain(usual), [f"{WHOLE}; packs for conv2"], []),
+    "exact": (plain(usual, threshold_every_steps=2), [f"{WHOLE}; packs for conv2"], []),
     "jnp.maximum": (
         plain(lambda model, x: model.conv2(jnp.maximum(0, model.norm(model.conv1(x))))),
         [f"{WHOLE}; packs for conv2"],
@@ -220,10 +223,10 @@ CASES = {
     "frozen": (plain(frozen), [f"{WHOLE}; packs for conv2"], []),
     "features first": (
         plain(usual, {"axis": 1}),
-        ["left as it is; its features are on axis 1 of 4, not on the last of several"],
+        [f"left as it is; {FIRST}"],
         [
             own_input("relu"),
-            "norm: left as it is, since its features are on axis 1 of 4, not on the last of several",
+            f"norm: left as it is, since {FIRST}",
         ],
     ),
     "mask": (
@@ -264,15 +267,18 @@ CASES = {
     ),
 }
 SHAPE = "4x8x8x8"
+# Thresholds that are exact, see `training.REUSED`: found, reused, and found again.
+EAGER = {"exact": {"compiled": False, "steps": 3}, "reshape": {"compiled": False}}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_found_and_what_it_computes(name, caplog):
     build, norms, others = CASES[name]
+    options = EAGER.get(name, {})
     with jax.enable_x64(True), caplog.at_level(logging.INFO, "swat_jax.fuse"):
         fused, x = fuse(training.sum_of_squares), training.images(4, 8, 8, 3)
-        found = training.train(build, fused, x)
-        training.assert_same(found, training.train(build, training.sum_of_squares, x))
+        found = training.train(build, fused, x, **options)
+        training.assert_same(found, training.train(build, training.sum_of_squares, x, **options))
     summary, *lines = str(fused.report).splitlines()
     assert [line.partition(f" ({SHAPE}): ")[2] for line in lines[: len(norms)]] == norms
     assert lines[len(norms) :] == others
@@ -287,7 +293,7 @@ def test_what_is_found_and_what_it_computes(name, caplog):
 
 def test_evaluation_is_left_as_it_is():
     with jax.enable_x64(True):
-        model = training.in_float64(plain(usual)())
+        model = training.prepared(plain(usual)())
         model.eval()
         before = nnx.to_pure_dict(nnx.state(model))
         x, fused = training.images(4, 8, 8, 3), fuse(usual)
@@ -306,7 +312,9 @@ def test_our_dropout_draws_as_in_our_own_networks():
     def forward(model, x):
         return model.dropout(nnx.relu(model.norm(x)))
 
-    model = Net(forward, norm=nnx.BatchNorm(8, rngs=nnx.Rngs(0)), dropout=Dropout(0.5, rngs=nnx.Rngs(5)))
+    model = Net(
+        forward, norm=nnx.BatchNorm(8, rngs=nnx.Rngs(0)), dropout=Dropout(0.5, rngs=nnx.Rngs(5))
+    )
     x, fused = jax.random.normal(jax.random.key(0), (64, 64, 8)), fuse(forward)
     y, pull = jax.vjp(lambda bias: _with_bias(fused, model, bias, x), jnp.zeros(8))
     kept = y > 0
