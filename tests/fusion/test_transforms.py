@@ -103,22 +103,23 @@ def test_on_several_devices(fake_devices, axis_name, check_vma):
 def test_a_whole_step_with_its_optimizer_and_constants():
     """Objects that share a model, keyword arguments, numbers and strings: nothing is special."""
 
-    def step(optimizer, model, x, *, power=2, kind="sum"):
+    def step(wrap, optimizer, model, x, *, power=2, kind="sum"):
         assert isinstance(power, int)
         assert kind == "sum"
 
         def loss(model):
             return jnp.sum(jnp.abs(model(x)) ** power)
 
-        value, gradients = nnx.value_and_grad(fuse(loss) if fuses else loss)(model)
+        value, gradients = nnx.value_and_grad(wrap(loss))(model)
         optimizer.update(model, gradients)
         return value
 
     found = []
-    for fuses in (True, False):
+    for wrap in (fuse, lambda loss: loss):
         model = training.prepared(Net())
         optimizer = nnx.Optimizer(model, optax.sgd(1e-3, momentum=0.9), wrt=nnx.Param)
-        values = [nnx.jit(step)(optimizer, model, training.images(4, 8, 8, 3)) for _ in range(2)]
+        run, x = nnx.jit(functools.partial(step, wrap)), training.images(4, 8, 8, 3)
+        values = [run(optimizer, model, x) for _ in range(2)]
         assert int(optimizer.step[...]) == 2
         found.append((values, nnx.state(model)))
     training.assert_same(*found)
@@ -147,7 +148,7 @@ def test_layers_are_as_they_were_also_after_an_error():
         raise ValueError("from inside")
 
     with pytest.raises(ValueError, match="from inside"):
-        fuse(fails)(Net(), training.images(4, 8, 8, 3))
+        fuse(fails)(training.prepared(Net()), training.images(4, 8, 8, 3))
     assert {kind: kind.__call__ for kind in STOCK} == calls
     assert fuse(fails).report is None
 
