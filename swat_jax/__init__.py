@@ -2,12 +2,14 @@
 
 Models of your own: `sparsify`, `densify`, `summary` (Flax NNX), `swat_jax.linen.sparsify` (Linen).
 Layers: `swat_jax.layers` (Flax NNX), `swat_jax.linen` (Flax Linen). Products with gradient
-rules: `swat_conv`, `swat_linear`. Training: ``python -m swat_jax.main --config FILE``.
+rules: `swat_conv`, `swat_linear`. Networks of stock layers: `fuse`. Training:
+``python -m swat_jax.main --config FILE``.
 """
 
 from swat_jax.budgets import update_with_budgets
 from swat_jax.errors import RunError, UsageError
 from swat_jax.functional import swat_conv, swat_linear
+from swat_jax.fusion import fuse
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.model_summary import summary
 from swat_jax.sparsity.distribution import erdos_renyi_kernel
@@ -20,6 +22,7 @@ __all__ = [
     "UsageError",
     "densify",
     "erdos_renyi_kernel",
+    "fuse",
     "sparsify",
     "summary",
     "swat_conv",

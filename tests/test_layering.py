@@ -33,7 +33,7 @@ LEVELS = (
     {"functional", "self_test"},
     {"layers", "linen", "dropout"},
     {"norm_relu", "surgery"},
-    {"models"},
+    {"models", "fusion"},
     {"layer_table"},
     {"build"},
     {"kept_bytes"},
