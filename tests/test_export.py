@@ -245,7 +245,7 @@ def test_a_run_scores_the_same_from_its_file(run, capsys):
     found = evaluate.evaluate(weights, config)
     assert found["accuracy"] == result["pruned_test_accuracy"]
     assert found["top5_accuracy"] == result["pruned_test_top5_accuracy"]
-    assert evaluate.main(["evaluate", f"--weights={weights}", "--json", *FLAGS]) == 0
+    assert evaluate.main([f"--weights={weights}", "--json", *FLAGS]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == result["pruned_test_accuracy"]
     facts = sparse_file.read(weights).facts
     assert facts["pruned_test_accuracy"] == result["pruned_test_accuracy"]
@@ -314,9 +314,9 @@ def test_what_is_asked_for_must_be_there(run, tmp_path, capsys):
     other = f"--weights={tmp_path / 'other.safetensors'}"
     for call, told in (
         (lambda: export.main([str(tmp_path), "out"]), "must be the workdir of a run that is done"),
-        (lambda: evaluate.main(["e", *FLAGS]), "--weights is missing"),
-        (lambda: evaluate.main(["e", f"--weights={weights}"]), "--config is missing"),
-        (lambda: evaluate.main(["e", other, *FLAGS]), "is of another network: it lacks"),
+        (lambda: evaluate.main([*FLAGS]), "--weights is missing"),
+        (lambda: evaluate.main([f"--weights={weights}"]), "--config is missing"),
+        (lambda: evaluate.main([other, *FLAGS]), "is of another network: it lacks"),
         (lambda: predict.main([other, "x.png"]), "does not say of which network it is"),
         (lambda: predict.main(["--weights", weights, str(tmp_path / "x.png")]), "cannot be read"),
         (
