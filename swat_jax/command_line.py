@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 from swat_jax.errors import RunError, UsageError, did_you_mean
+from swat_jax.jsonable import jsonable
 
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
@@ -36,8 +37,9 @@ class Answer(NamedTuple):
     """What a program prints at its end.
 
     Attributes:
-      value: for `--json`; what `json.dumps` takes.
-      text: for people; "" prints nothing.
+      value: for `--json`; what `swat_jax.jsonable` takes.
+      text: for people; "" prints nothing. `--quiet` prints it where the code says that it is of an
+        error.
       code: the exit code.
     """
 
@@ -139,8 +141,8 @@ def run(
     if answer is None:
         return DONE
     if options.json:
-        print(json.dumps(answer.value, indent=2, allow_nan=False))
-    elif answer.text and not options.quiet:
+        print(json.dumps(jsonable(answer.value), indent=2, allow_nan=False))
+    elif answer.text and (answer.code or not options.quiet):
         print(answer.text)
     return answer.code
 

@@ -15,10 +15,8 @@ Examples:
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,9 +55,8 @@ def _train(options: Any) -> command_line.Answer | None:
         raise RunError(why) from error
     if jax.process_index():  # one of several processes speaks for all
         return None
-    written = (Path(options.workdir) / "result.json").read_text(encoding="utf-8")
     text = f"{train.layer_table(config, result)}\n{metrics.final_table({result['method']: result})}"
-    return command_line.Answer(json.loads(written), text)
+    return command_line.Answer(result, text)
 
 
 if __name__ == "__main__":

@@ -190,13 +190,15 @@ def test_other_errors_pass():
 
 def test_exit_code_of_the_answer_and_of_none(capsys):
     assert run(lambda _: Answer([], "", 1)) == 1
+    assert run(lambda _: Answer([], "it differs", 1), "--quiet") == 1
+    assert capsys.readouterr().out == "it differs\n"
     assert run(lambda _: None, "--json") == 0
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_is_no_json_is_no_answer():
-    with pytest.raises(ValueError, match="Out of range"):
-        run(lambda _: Answer(float("nan"), ""), "--json")
+def test_what_json_has_no_word_for(capsys):
+    assert run(lambda _: Answer({"loss": float("nan"), "size": (1,)}, ""), "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "size": [1]}
 
 
 @pytest.mark.parametrize(

@@ -269,6 +269,26 @@ def test_values_are_rounded_where_the_file_would_be_too_large(run, capsys):
     )
 
 
+def test_a_file_can_be_written_anew(run, tmp_path, capsys):
+    """What comes out is that of the run, rounded: by NumPy, to the nearest, ties to even."""
+    folder, _, _ = run
+    source, small = folder / "pruned.safetensors", tmp_path / "small.safetensors"
+    assert export.main([str(source), str(small), "--values=bfloat16", "--json"]) == 0
+    size = small.stat().st_size
+    told = {"file": str(small), "bytes": size, "values": "bfloat16"}
+    assert json.loads(capsys.readouterr().out) == told
+    before, after = (sparse_file.read(path) for path in (source, small))
+    assert (after.sparse, after.facts) == (before.sparse, before.facts)
+    for name, array in before.arrays.items():
+        bits = array.view(np.uint32).astype(np.uint64)
+        if name in before.sparse:
+            bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        np.testing.assert_array_equal(after.arrays[name].view(np.uint32), bits)
+    assert size < 0.75 * source.stat().st_size
+    assert export.main([str(source), str(tmp_path / "no" / "folder")]) == 2
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
+
+
 def test_predictions_are_those_of_the_network(run, tmp_path, capsys):
     from sklearn.datasets import load_digits
 

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 
 # From the bottom to the top; a folder stands for all that is in it.
 LEVELS = (
-    {"errors", "files"},
+    {"errors", "files", "jsonable"},
     {"command_line"},
     {
         "sparse_file",
