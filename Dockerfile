@@ -1,12 +1,13 @@
-# swat_jax with its CUDA kernels, for NVIDIA GPUs (driver 580 or newer; 525 with CUDA=12.8.1):
+# swat_jax with its CUDA kernels, for NVIDIA GPUs:
 #
 #   docker build --tag swat_jax .
 #   docker run --rm --gpus all swat_jax
 #   docker run --rm --gpus all --volume "$PWD/runs:/swat_jax/runs" swat_jax \
 #       python -m swat_jax.main --config configs/digits.py --workdir runs/digits
 #
-# The first prints what is installed, which backend runs, and a test of every kernel. For one kind of
-# GPU the build is quicker: --build-arg SWAT_JAX_CUDA_ARCHITECTURES=90a (H100, H200).
+# The first run prints what is installed, which backend runs, and a test of every kernel. CUDA 13 needs
+# driver 580 or newer; for older ones build with --build-arg CUDA=12.8.1. For one kind of GPU the build
+# is quicker: --build-arg SWAT_JAX_CUDA_ARCHITECTURES=90a (H100, H200).
 ARG CUDA=13.0.2
 ARG UBUNTU=24.04
 

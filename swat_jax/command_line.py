@@ -141,10 +141,19 @@ def run(
     if answer is None:
         return DONE
     if options.json:
-        print(json.dumps(jsonable(answer.value), indent=2, allow_nan=False))
+        _print(json.dumps(jsonable(answer.value), indent=2, allow_nan=False))
     elif answer.text and (answer.code or not options.quiet):
-        print(answer.text)
+        _print(answer.text)
     return answer.code
+
+
+def _print(text: str) -> None:
+    """A reader that has read enough, such as `head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would try again at its end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -196,6 +196,21 @@ def test_exit_code_of_the_answer_and_of_none(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_reader_that_has_read_enough():
+    code = """
+from swat_jax.command_line import Answer, Parser, run
+raise SystemExit(run(Parser(""), lambda _: Answer(["x"] * 100_000, ""), ["--json"]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout.readline() == b"[\n"
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_what_json_has_no_word_for(capsys):
     assert run(lambda _: Answer({"loss": float("nan"), "size": (1,)}, ""), "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"loss": None, "size": [1]}
