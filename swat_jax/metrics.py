@@ -5,6 +5,7 @@ Nothing here needs TensorFlow: tensorboardX writes the event files by itself.
 
 import json
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -177,7 +178,11 @@ class Progress:
         self._total = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._interval = interval
-        self._console = Console(file=stream, stderr=stream is None, highlight=False)
+        # Colours may be asked for elsewhere (FORCE_COLOR), a bar that moves may not.
+        is_terminal = (sys.stderr if stream is None else stream).isatty()
+        self._console = Console(
+            file=stream, stderr=stream is None, highlight=False, force_terminal=is_terminal
+        )
         # (time, step) of the last few updates, so compilation soon leaves the time that is left.
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
         self._said = -math.inf

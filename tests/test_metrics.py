@@ -175,6 +175,7 @@ class Clock:
 
 def test_plain_progress_is_rate_limited(tmp_path, monkeypatch):
     """The rate is what the loop says; the time that is left goes by the clock."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes no terminal of a file
     clock = Clock(monkeypatch)
     with (
         (tmp_path / "log").open("w") as stream,
