@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from swat_jax.errors import UsageError
+from swat_jax.errors import UsageError, did_you_mean
 
 Distribution = Literal["dense", "uniform", "erk", "momentum"]
 Granularity = Literal["unstructured", "channel", "filter"]
@@ -22,6 +22,7 @@ _KINDS: dict[str, tuple[Distribution, Granularity]] = {
     "channel": ("uniform", "channel"),
     "filter": ("uniform", "filter"),
 }
+_PERCENTAGES = (50, 60, 70, 80, 90, 95)  # of the paper's tables
 _ALLOWED = (
     "'dense', or one of u, erk, m, channel, filter followed by the percentage of zeros,"
     " at least 0 and below 100 (u90, erk95, m97.5, channel70)"
@@ -64,7 +65,8 @@ def parse(text: str) -> Method:
     match = re.fullmatch(r"(u|erk|m|channel|filter)([0-9]{1,3}(?:\.[0-9]{1,6})?)", text, re.ASCII)
     percent = decimal.Decimal(match[2]) if match else None
     if match is None or percent is None or percent >= 100:
-        raise UsageError(f"method: got {text!r}, allowed: {_ALLOWED}")
+        common = ("dense", *(f"{kind}{percent}" for kind in _KINDS for percent in _PERCENTAGES))
+        raise UsageError(f"method: got {text!r}, allowed: {_ALLOWED}{did_you_mean(text, common)}")
     distribution, granularity = _KINDS[match[1]]
     return Method(distribution, granularity, float(percent / 100))
 

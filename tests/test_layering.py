@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 
 # From the bottom to the top; a folder stands for all that is in it.
 LEVELS = (
-    {"errors", "files", "abstract_call"},
-    {"patterns"},
+    {"errors", "files", "jsonable", "abstract_call"},
+    {"command_line", "patterns"},
     {
         "sparse_file",
         "sparsity",
