@@ -281,6 +281,7 @@ def test_colors_on_a_terminal(variables, shown):
 
 def test_colors_elsewhere(capsys, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
+
     def failing(_):
         raise UsageError("wrong")
 
