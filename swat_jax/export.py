@@ -73,8 +73,9 @@ def save(
       OSError: the file cannot be written.
 
     Example:
+      >>> from swat_jax import SwatConv
       >>> layer = SwatConv(3, 64, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
-      >>> save("layer.safetensors", layer)  # doctest: +SKIP
+      >>> size = save("layer.safetensors", layer)
     """
     _check_layers(model)
     layers = pruning.layers_of(model)
@@ -95,7 +96,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
       UsageError: it is no such file, or a damaged one.
 
     Example:
-      >>> load("layer.safetensors")["params"]["kernel"].shape  # doctest: +SKIP
+      >>> from swat_jax import SwatConv
+      >>> layer = SwatConv(3, 64, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> size = save("layer.safetensors", layer)
+      >>> load("layer.safetensors")["params"]["kernel"].shape
       (3, 3, 3, 64)
     """
     arrays = sparse_file.read(Path(path)).arrays
@@ -116,7 +120,13 @@ def load_into(path: str | os.PathLike[str], model: nnx.Module) -> None:
       UsageError: it is no such file, or one of another model; the model is unchanged.
 
     Example:
-      >>> load_into("pruned.safetensors", model)  # doctest: +SKIP
+      >>> from swat_jax import SwatConv
+      >>> layer = SwatConv(3, 64, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> size = save("layer.safetensors", layer)
+      >>> stock = nnx.Conv(3, 64, (3, 3), rngs=nnx.Rngs(1))
+      >>> load_into("layer.safetensors", stock)
+      >>> int((stock.kernel[...] != 0).sum())
+      173
     """
     path = Path(path)
     arrays = sparse_file.read(path).arrays

@@ -1,6 +1,5 @@
 """What stands between the layers is recognised or left alone, and the report says which."""
 
-import doctest
 import logging
 
 import jax
@@ -8,8 +7,6 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-import swat_jax.fusion.report
-import swat_jax.fusion.transform
 from swat_jax import SwatConv, SwatLinear, fuse
 from swat_jax.dropout import Dropout
 from tests.fusion import training
@@ -329,10 +326,3 @@ def _with_bias(fused, model, bias, x):
     copy = nnx.merge(graph, state, copy=True)
     copy.norm.bias[...] = bias
     return fused(copy, x)
-
-
-@pytest.mark.parametrize("module", [swat_jax.fusion.report, swat_jax.fusion.transform])
-def test_examples(module):
-    found = doctest.testmod(module)
-    assert found.attempted
-    assert not found.failed
