@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import sys
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from swat_jax import SwatConv, SwatLinear, build, fuse, kernels
+import swat_jax
+from swat_jax import build, kernels
 
 sys.path.append(str(pathlib.Path(__file__).parents[1]))
 
@@ -26,7 +26,7 @@ class Fused(nnx.Module):
         self.network = network
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        return fuse(lambda network, images: network(images))(self.network, images)
+        return swat_jax.fuse(lambda network, images: network(images))(self.network, images)
 
 
 def make(
@@ -43,15 +43,15 @@ def make(
     sparsity = config.sparsity
     if sparsity.distribution == "dense":
         return ResNet(SIZES, WIDTH, num_classes, Layers(**shared))
-    options = {
-        "weight_sparsity": sparsity.weight,
-        "activation_sparsity": sparsity.activation,
-        "threshold_every_steps": sparsity.threshold_every_steps,
-        "pack": build.packs(sparsity, kernels.packs()),
-    }
-    conv = functools.partial(SwatConv, granularity=sparsity.granularity, **options)
-    layers = Layers(conv, functools.partial(SwatLinear, **options), **shared)
-    network = ResNet(SIZES, WIDTH, num_classes, layers)
-    if sparsity.first_layer_dense:
-        network.stem.set_sparsity(weight_sparsity=0.0, activation_sparsity=0.0)
+    stock = ResNet(SIZES, WIDTH, num_classes, Layers(**shared))
+    network = swat_jax.sparsify(
+        stock,
+        sparsity=sparsity.weight,
+        activation_sparsity=sparsity.activation,
+        granularity=sparsity.granularity,
+        threshold_every_steps=sparsity.threshold_every_steps,
+        # Of sparsity 0 and not left as it is: so it is computed with its strides folded.
+        overrides={"stem": 0.0} if sparsity.first_layer_dense else None,
+        pack=build.packs(sparsity, kernels.packs()),
+    )
     return Fused(network)
