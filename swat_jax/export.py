@@ -340,25 +340,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(options: Any) -> command_line.Answer:
     arrays, sparse, facts = (sparse_file.read if options.run.is_file() else of_run)(options.run)
 
-    def written(values: str | None) -> int:
-        try:
-            return sparse_file.write(
-                options.output, arrays, sparse=sparse, facts=facts, values=values
-            )
-        except OSError as error:
-            raise UsageError(f"{options.output} cannot be written: {error.strerror}") from error
-
-    values = options.values
     most = math.inf if options.most_mib is None else options.most_mib * 2**20
-    size = written(values)
-    if size > most and values is None:
-        values = "bfloat16"
-        size = written(values)
-    if size > most:
-        raise UsageError(
-            f"--most_mib {options.most_mib:g} cannot be met: {options.output} has "
-            f"{size / 2**20:.1f} MiB with values in {values}"
-        )
+    # What is there stays until a file that fits can take its place.
+    part = options.output.with_name(f"{options.output.name}.part")
+    try:
+        values = options.values
+        size = sparse_file.write(part, arrays, sparse=sparse, facts=facts, values=values)
+        if size > most and values is None:
+            values = "bfloat16"
+            size = sparse_file.write(part, arrays, sparse=sparse, facts=facts, values=values)
+        if size > most:
+            raise UsageError(
+                f"--most_mib {options.most_mib:g} cannot be met: {options.output} would have "
+                f"{size / 2**20:.1f} MiB with values in {values}"
+            )
+        part.replace(options.output)
+    except OSError as error:
+        raise UsageError(f"{options.output} cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
     text = f"{options.output}: {size / 2**20:.1f} MiB{f', {values}' if values else ''}"
     return command_line.Answer({"file": str(options.output), "bytes": size, "values": values}, text)
 

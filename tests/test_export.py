@@ -262,8 +262,11 @@ def test_values_are_rounded_where_the_file_would_be_too_large(run, capsys):
         assert export.main([str(folder / "run"), str(small), f"--most_mib={most}"]) == 0
         assert capsys.readouterr().out.endswith(f"MiB{expected}\n")
         assert (small.stat().st_size < whole) == bool(expected)
+    before = small.read_bytes()
     assert export.main([str(folder / "run"), str(small), "--most_mib=0.01"]) == 2
     assert "--most_mib 0.01 cannot be met" in capsys.readouterr().err
+    assert small.read_bytes() == before
+    assert [path.name for path in small.parent.glob("*.part")] == []
     assert evaluate.evaluate(small, config)["accuracy"] == pytest.approx(
         result["pruned_test_accuracy"], abs=0.02
     )
