@@ -62,7 +62,7 @@ def run_shell(code, folder):
     assert told.returncode == 0, f"{code}\n{told.stdout[-2000:]}\n{told.stderr[-2000:]}"
 
 
-@pytest.mark.documentation
+@pytest.mark.newest
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def test_installation_without_an_address(monkeypatch):
         Installation(monkeypatch, has_gpu=False, repository="")
 
 
-@pytest.mark.documentation
+@pytest.mark.newest
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", NAMES)
 def test_another_run_gives_the_same(name, execute):

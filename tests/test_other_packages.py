@@ -25,6 +25,8 @@ from flax import nnx, traverse_util
 import swat_jax
 from swat_jax import linen
 
+pytestmark = pytest.mark.newest
+
 SPARSE = {"weight_sparsity": 0.75, "activation_sparsity": 0.5}
 REQUEST = {"sparsity": 0.75, "activation_sparsity": 0.5}
 
