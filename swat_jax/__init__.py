@@ -6,6 +6,7 @@ rules: `swat_conv`, `swat_linear`. Networks of stock layers: `fuse`. Training:
 ``python -m swat_jax.main --config FILE``.
 """
 
+from swat_jax import export, linen
 from swat_jax.budgets import update_with_budgets
 from swat_jax.errors import RunError, UsageError
 from swat_jax.functional import swat_conv, swat_linear
@@ -22,7 +23,9 @@ __all__ = [
     "UsageError",
     "densify",
     "erdos_renyi_kernel",
+    "export",
     "fuse",
+    "linen",
     "sparsify",
     "summary",
     "swat_conv",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -190,7 +191,7 @@ def summary(
       (960, 720.0)
     """
     first = input_shape
-    if isinstance(first, Sequence) and all(isinstance(size, int) for size in first):
+    if isinstance(first, Sequence) and all(isinstance(size, numbers.Integral) for size in first):
         first = jax.ShapeDtypeStruct(tuple(first), dtype)
     call = (first, *args)
     uses = layer_table.trace(model, *call, **kwargs)

@@ -82,9 +82,9 @@ def sparsify(
     would need state, `nnx.ConvTranspose`, `nnx.LinearGeneral`, `nnx.Einsum`. What ``filter`` leaves
     out is not mentioned.
 
-    A layer that the model never calls, since it computes with the kernel itself, is not seen to be
-    one: it would train dense and be pruned all the same. `swat_jax.summary` names such layers;
-    leave them out by ``filter``.
+    Where the model computes with a layer's kernel itself, besides calling the layer or instead, it
+    uses the master weights: that is not seen, it trains dense, and is pruned all the same.
+    `swat_jax.summary` names layers that are never called; leave such layers out by ``filter``.
 
     The new layers are in training mode: call ``model.eval()`` for exact masks and dense
     activations, and ``model.train()``. A ``deterministic=`` that is an argument of the model's call
@@ -166,7 +166,8 @@ def densify(model: Model, *, prune: bool = False) -> Model:
     Args:
       model: with SWAT layers anywhere in it, made by `sparsify` or by hand; it stays as it is.
       prune: False: kernels are the master weights, all of them. True: they have exact zeros off
-        their masks, so that the stock model computes what ``model`` does after ``model.eval()``.
+        their masks, so that the stock model computes what ``model`` does after ``model.eval()``
+        (but where it reads kernels itself: see `sparsify`).
 
     Returns:
       The copy, which shares its arrays with ``model``.
@@ -286,6 +287,9 @@ def _why_not(layer: Any, users: Mapping[int, Sequence[nnx.Module]]) -> str:
     if isinstance(layer, SwatConv | SwatLinear):
         return f"its class {name} is a SWAT layer of its own make" if _is_own_class(layer) else ""
     stock = _stock_of(layer)
+    own = [name for name in SPARSE_ATTRIBUTES if name in vars(layer)]
+    if own:
+        return f"it has an attribute {own[0]} of its own, which SWAT layers have, too"
     product, default = _PRODUCTS[stock]
     for method in ("__call__", product):
         if getattr(type(layer), method, None) is not getattr(stock, method, None):

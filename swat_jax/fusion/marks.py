@@ -44,6 +44,7 @@ class Mark:
       is_plain: whether it may be computed in another way; for a SWAT layer, whether it packs its
         input and multiplies it as it came.
       why: why it is not plain, if there is more to say than that nothing is packed.
+      precision: of matrix products, as `jax.default_matmul_precision` had it around the call.
     """
 
     kind: type
@@ -54,6 +55,7 @@ class Mark:
     changed: tuple[Path, ...] = ()
     is_plain: bool = True
     why: str = ""
+    precision: Any = None
 
     def layer(self, operands: Sequence[Any]) -> Any:
         """The layer with the state that is among the operands of the equation."""
@@ -187,7 +189,8 @@ def _bind(
     known: dict[str, Any] = {
         name: fact() if callable(fact) else fact for name, fact in facts.items()
     }
-    mark = Mark(kind, active.name(layer), jaxpr, **known)
+    precision = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    mark = Mark(kind, active.name(layer), jaxpr, precision=precision, **known)
     return layer_call_p.bind(*operands, *jaxpr.consts, mark=mark)
 
 
@@ -351,6 +354,7 @@ def _replaced_calls() -> Iterator[None]:
     with _lock:
         if not _depth:
             for kind, marker in _MARKERS.items():
+                STOCK[kind] = kind.__call__  # which somebody may have replaced
                 kind.__call__ = _asking(STOCK[kind], marker)
         _depth += 1
     try:

@@ -97,7 +97,8 @@ class _Evaluation:
             self._normalize(self.plan.passes[position])
             return
         if step.mark is not None and step.mark.kind in _SWAT:
-            results = self._multiply(position)
+            with jax.default_matmul_precision(step.mark.precision):
+                results = self._multiply(position)
         else:
             operands = [self.values[number] for number in step.inputs]
             if position in self.plan.pools:

@@ -9,6 +9,14 @@ from typing import Any
 import jax
 from flax import nnx
 
+from swat_jax.errors import UsageError
+
+OTHER_CHANGES = (
+    "fuse: the function changes more of its arguments than the values of variables, such as "
+    "a mode (`model.eval()`), an attribute, or which modules and variables there are; do that "
+    "outside of it"
+)
+
 # Where a variable sits in an object.
 Path = tuple[Any, ...]
 
@@ -62,13 +70,13 @@ class Changes:
 
     def apply(self, node: Any, values: Iterable[Any]) -> None:
         """Changes an object likewise, with these values in place of `values`."""
-        known = {}
+        known, present = {}, dict(nnx.to_flat_state(nnx.state(node)))
         for (path, variable), value in zip(self.new.items(), values, strict=True):
-            owner, name = _owner(node, path)
             new = variable.replace(value)
-            if isinstance(getattr(owner, str(name), None), nnx.Variable):
+            if path in present:
                 known[path] = new
             else:
+                owner, name = _owner(node, path)
                 setattr(owner, str(name), nnx.data(new))
         if known:
             nnx.update(node, nnx.from_flat_state(known))
@@ -92,6 +100,10 @@ def values_at(node: Any, paths: Iterable[Path]) -> list[Any]:
 
 def _owner(node: Any, path: Path) -> tuple[Any, Any]:
     *parents, name = path
-    for part in parents:
-        node = getattr(node, part) if isinstance(part, str) and hasattr(node, part) else node[part]
+    try:
+        for part in parents:
+            is_attribute = isinstance(part, str) and hasattr(node, part)
+            node = getattr(node, part) if is_attribute else node[part]
+    except (TypeError, LookupError) as error:
+        raise UsageError(OTHER_CHANGES) from error
     return node, name

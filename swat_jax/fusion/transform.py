@@ -11,10 +11,11 @@ import jax
 import numpy as np
 from flax import nnx
 
+from swat_jax.errors import UsageError
 from swat_jax.fusion.marks import marking
 from swat_jax.fusion.report import Report
 from swat_jax.fusion.rewrite import Findings, evaluate
-from swat_jax.fusion.state import Changes, split
+from swat_jax.fusion.state import OTHER_CHANGES, Changes, split
 
 _log = logging.getLogger("swat_jax.fuse")
 
@@ -93,10 +94,15 @@ class Fused:
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, fn)
+        # After what `fn` has by the same names.
         self._fn = fn
         self._said: set[str] = set()
         self.report: Report | None = None
-        functools.update_wrapper(self, fn)
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """As a method, with the object as first argument."""
+        return self if instance is None else functools.partial(self, instance)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the function itself."""
@@ -105,11 +111,12 @@ class Fused:
         arrays = [leaf for leaf in leaves if _is_array(leaf)]
         structure, values = split(objects)
         changes: list[Changes] = []
+        after: list[Any] = []
 
         def run(values: list[Any], arrays: list[Any]) -> Any:
             inner = structure.merge(values)
             for one in inner:
-                for path, module in nnx.iter_modules(one):
+                for path, module in () if _is_variable(one) else nnx.iter_modules(one):
                     found.names[id(module)] = "/".join(map(str, path))
             ours, theirs = iter(inner), iter(arrays)
             filled = [
@@ -119,6 +126,7 @@ class Fused:
             args, kwargs = jax.tree.unflatten(tree, filled)
             output = self._fn(*args, **kwargs)
             changes.append(structure.changes(inner, values))
+            after.append(nnx.graphdef(inner))
             return output, changes[-1].values
 
         with marking() as found:
@@ -128,6 +136,8 @@ class Fused:
         self._tell(findings.report())
         output, new = jax.tree.unflatten(jax.tree.structure(shapes), results)
         changes[-1].apply(objects, new)
+        if nnx.graphdef(objects) != after[-1]:
+            raise UsageError(OTHER_CHANGES)
         return output
 
     def _tell(self, report: Report) -> None:
@@ -142,7 +152,11 @@ class Fused:
 
 
 def _is_object(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Pytree)
+    return isinstance(leaf, nnx.Pytree) or _is_variable(leaf)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _is_array(leaf: Any) -> bool:
