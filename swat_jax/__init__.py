@@ -6,7 +6,10 @@ rules: `swat_conv`, `swat_linear`. Networks of stock layers: `fuse`. Training:
 ``python -m swat_jax.main --config FILE``.
 """
 
-from swat_jax import export, linen
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from swat_jax import linen
 from swat_jax.budgets import update_with_budgets
 from swat_jax.errors import RunError, UsageError
 from swat_jax.functional import swat_conv, swat_linear
@@ -15,6 +18,9 @@ from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.model_summary import summary
 from swat_jax.sparsity.distribution import erdos_renyi_kernel
 from swat_jax.surgery import densify, sparsify
+
+if TYPE_CHECKING:
+    from swat_jax import export
 
 __all__ = [
     "RunError",
@@ -32,3 +38,10 @@ __all__ = [
     "swat_linear",
     "update_with_budgets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # It is a program, too, and `python -m` warns of programs that are imported before they run.
+    if name == "export":
+        return importlib.import_module("swat_jax.export")
+    raise AttributeError(f"module 'swat_jax' has no attribute {name!r}")
