@@ -430,3 +430,32 @@ def test_what_is_not_known_yet_is_said(variables):
             ask(model_of())
     with pytest.raises(UsageError, match="no layer that could be sparse"):
         sparsify(nn.Dropout(0.5, deterministic=True), sparsity=0.5).init(jax.random.key(0), X)
+
+
+class Layered(nn.Module):
+    """Two convolutions that are one, repeated."""
+
+    carried: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x):
+        class Body(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.Conv(4, (3, 3))(x), None
+
+        axes = dict.fromkeys(self.carried, 0)
+        scanned = nn.scan(Body, variable_axes=axes, split_rngs={"params": True}, length=2)
+        return scanned()(x, None)[0]
+
+
+def test_thresholds_of_a_scanned_layer_need_its_collection():
+    x = jnp.ones((1, 8, 8, 4))
+    for carried in (("params",), ("params", "thresholds")):
+        model = sparsify(Layered(carried), sparsity=0.75, threshold_every_steps=3)
+        if "thresholds" not in carried:
+            with pytest.raises(UsageError, match="does not carry the collection 'thresholds'"):
+                model.init(jax.random.key(0), x)
+        else:
+            variables = model.init(jax.random.key(0), x)
+            assert jax.tree.leaves(variables["thresholds"])[0].shape == (2,)

@@ -24,8 +24,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import errors, traverse_util
 from flax import linen as nn
-from flax import traverse_util
 from flax.core.scope import DenyList, subtract_filters, union_filters
 from flax.linen.dtypes import promote_dtype
 
@@ -301,7 +301,16 @@ class SparseModule:
             if path not in plan.layers:
                 return next_fun(*args, **kwargs)
             with _replaced(layer, product(layer, plan.layers[path], self.deterministic)):
-                return next_fun(*args, **kwargs)
+                try:
+                    return next_fun(*args, **kwargs)
+                except errors.ScopeCollectionNotFound as error:
+                    if "thresholds" not in str(error):
+                        raise
+                    raise UsageError(
+                        f"the layer {path} is within nn.scan or nn.vmap, which does not carry the "
+                        "collection 'thresholds': add it to its variable_axes "
+                        "({'params': 0, 'thresholds': 0}), or leave threshold_every_steps at 1"
+                    ) from error
 
         with nn.intercept_methods(replace):
             yield f"swat_jax: {self.deterministic} {plan.layers}"
