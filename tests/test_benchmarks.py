@@ -24,6 +24,8 @@ from swat_jax.models.layer_types import LayerTypes
 from swat_jax.models.resnet import BasicBlock, ResNet
 from swat_jax.sparsity import top_k
 
+pytestmark = pytest.mark.newest
+
 
 def build(name):
     facts = {

@@ -18,6 +18,8 @@ from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.models.layer_types import LayerTypes
 from swat_jax.norm_relu import BatchNormRelu, NormRelu
 
+pytestmark = pytest.mark.newest
+
 MIB = 2**20
 BATCH = 3
 

@@ -10,6 +10,8 @@ import pytest
 from swat_jax import report
 from swat_jax.errors import UsageError
 
+pytestmark = pytest.mark.newest
+
 CONFIG = {"epochs": 3, "precision": "bfloat16", "sparsity": {"distribution": "uniform"}}
 MOMENTUM = {**CONFIG, "sparsity": {"distribution": "momentum"}}
 
