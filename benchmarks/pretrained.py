@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import marked
 import performance
 
 from swat_jax import config_file, evaluate, sparse_file
@@ -24,7 +25,7 @@ from swat_jax.errors import UsageError
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "pretrained"
-BEGIN, END = "<!-- benchmarks/pretrained.py writes from here -->\n", "<!-- until here -->\n"
+BEGIN = "<!-- benchmarks/pretrained.py writes from here -->\n"
 LEAST_SPARSITY = 0.9
 # In accuracy: 3 of 10,000 images, a seventh of the standard error of an accuracy of 95 %.
 MOST_LOST = 3e-4
@@ -153,18 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("files to choose from need --data, and no --check")
     for one in choose([read(path) for path in options.weights], present()):
         take(one, options.data)
-    readme = FOLDER / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    lines = "\n".join(table(present()))
-    new = f"{before}{BEGIN}\n{lines}\n\n{END}{rest.split(END, 1)[1]}"
-    if new == text:
-        return 0
-    if options.check:
-        print("pretrained/README.md is not up to date: run python benchmarks/pretrained.py")
-        return 1
-    readme.write_text(new, encoding="utf-8")
-    return 0
+    stale = "pretrained/README.md is not up to date: run python benchmarks/pretrained.py"
+    tables = {BEGIN: table(present())}
+    return marked.update(FOLDER / "README.md", tables, check=options.check, stale=stale)
 
 
 if __name__ == "__main__":
