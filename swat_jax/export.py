@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from swat_jax import checkpoint, command_line, network, pruning, sparse_file, step
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
+from swat_jax.files import replace_bytes
 from swat_jax.layers import ThresholdAge, WeightBudget
 from swat_jax.sparsity import granularity
 
@@ -339,26 +340,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export(options: Any) -> command_line.Answer:
     arrays, sparse, facts = (sparse_file.read if options.run.is_file() else of_run)(options.run)
-
     most = math.inf if options.most_mib is None else options.most_mib * 2**20
-    # What is there stays until a file that fits can take its place.
-    part = options.output.with_name(f"{options.output.name}.part")
+    values = options.values
+    data = sparse_file.encode(arrays, sparse=sparse, facts=facts, values=values)
+    if len(data) > most and values is None:
+        values = "bfloat16"
+        data = sparse_file.encode(arrays, sparse=sparse, facts=facts, values=values)
+    size = len(data)
+    if size > most:
+        raise UsageError(
+            f"--most_mib {options.most_mib:g} cannot be met: {options.output} would have "
+            f"{size / 2**20:.1f} MiB with values in {values}"
+        )
     try:
-        values = options.values
-        size = sparse_file.write(part, arrays, sparse=sparse, facts=facts, values=values)
-        if size > most and values is None:
-            values = "bfloat16"
-            size = sparse_file.write(part, arrays, sparse=sparse, facts=facts, values=values)
-        if size > most:
-            raise UsageError(
-                f"--most_mib {options.most_mib:g} cannot be met: {options.output} would have "
-                f"{size / 2**20:.1f} MiB with values in {values}"
-            )
-        part.replace(options.output)
+        replace_bytes(options.output, data)
     except OSError as error:
         raise UsageError(f"{options.output} cannot be written: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
     text = f"{options.output}: {size / 2**20:.1f} MiB{f', {values}' if values else ''}"
     return command_line.Answer({"file": str(options.output), "bytes": size, "values": values}, text)
 
