@@ -15,6 +15,7 @@ class Method:
       checkpoints: whether blocks are computed again in the backward pass, by `jax.checkpoint`.
       sorts: whether thresholds come from a full sort.
       backend: the backend of the ops; None: the one that is in use.
+      own_model: whether the network is that of `stock_model.py`, for `imagenet_resnet50` only.
     """
 
     name: str
@@ -22,6 +23,7 @@ class Method:
     checkpoints: bool = False
     sorts: bool = False
     backend: str | None = None
+    own_model: bool = False
 
 
 _EXACT = {"sparsity.threshold_every_steps": 1}
@@ -43,4 +45,11 @@ METHODS: dict[str, Method] = {
     "erk90 exact": Method("erk90", _EXACT),
     "channel70": Method("channel70"),
     "channel70 exact": Method("channel70", _EXACT),
+}
+
+# `benchmarks/own_model.py`
+OWN_MODEL: dict[str, Method] = {
+    "u90, own model": Method("u90", own_model=True),
+    "u90 exact, own model": Method("u90", _EXACT, own_model=True),
+    "dense, own model": Method("dense", own_model=True),
 }

@@ -41,7 +41,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from methods import METHODS
+from methods import METHODS, OWN_MODEL
 
 NETWORKS = (
     "imagenet_resnet50:256",
@@ -56,6 +56,7 @@ NETWORKS = (
     "cifar10_densenet121:128",
 )
 STRETCHES = 5
+EVERY = METHODS | OWN_MODEL
 # What was measured on other devices or versions is no table.
 COMMON = ("device", "versions")
 
@@ -70,8 +71,8 @@ def measure(network: str, method: str, steps: int) -> None:
 
     from swat_jax import kernels, native
 
-    measured = training_step.make_method(network, METHODS[method])
-    with training_step.apart(METHODS[method]):
+    measured = training_step.make_method(network, EVERY[method])
+    with training_step.apart(EVERY[method]):
         backend = kernels.backend()
     period = measured.period
     measured.milliseconds(2, refresh=True)
@@ -117,7 +118,7 @@ def kept_mib(measured: Any, method: str, backend: str) -> float | None:
     """
     from swat_jax import kept_bytes
 
-    packs = backend == "cuda" and METHODS[method].name != "dense"
+    packs = backend == "cuda" and EVERY[method].name != "dense"
     if method != "dense" and not packs:
         return None
     info = measured.info
@@ -140,7 +141,7 @@ class Member:
 
     Args:
       network: as CONFIG:BATCH.
-      method: of `METHODS`.
+      method: of `EVERY`.
       options: the command line.
       folder: for what it prints, and for the cache of all.
     """
@@ -316,7 +317,7 @@ def report(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def merge(files: Sequence[str]) -> dict[str, Any]:
-    """One report of several, in the order of `NETWORKS` and `METHODS`.
+    """One report of several, in the order of `NETWORKS` and `EVERY`.
 
     A row of a later file replaces the same one of an earlier file. Rows of a network that were
     not dispatched alike are refused.
@@ -335,7 +336,7 @@ def merge(files: Sequence[str]) -> dict[str, Any]:
             steps = found.get("steps_per_dispatch", 1)
             if dispatched.setdefault((network, batch), steps) != steps:
                 sys.exit(f"{network}, {batch}: not all have the same steps_per_dispatch")
-    networks, methods = list(NETWORKS), list(METHODS)
+    networks, methods = list(NETWORKS), list(EVERY)
 
     def place(row: tuple[Any, ...]) -> tuple[int, int]:
         network = f"{row[0]}:{row[1]}"
@@ -372,7 +373,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of training steps.")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), help="CONFIG:BATCH ...")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=EVERY)
     parser.add_argument("--jobs", type=int, default=4, help="processes at once, dense included")
     parser.add_argument("--rounds", type=int, default=2, help="how often each is timed")
     parser.add_argument("--steps", type=int, default=50, help="timed steps of each kind and round")

@@ -10,12 +10,13 @@ import argparse
 import pathlib
 import sys
 
+import marked
 import performance
 
 from swat_jax import report, report_figures
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- benchmarks/tables.py writes {} -->\n", "<!-- until here -->\n"
+BEGIN = "<!-- benchmarks/tables.py writes {} -->\n"
 NETWORKS = {name.removeprefix("cifar10_"): told for name, told in performance.NAMES.items()}
 
 
@@ -55,19 +56,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="The tables in README.md.")
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    text = new = README.read_text(encoding="utf-8")
-    for table in (steps, cifar10):
-        before, rest = new.split(BEGIN.format(table.__name__))
-        after = rest.split(END, 1)[1]
-        lines = "\n".join(table())
-        new = f"{before}{BEGIN.format(table.__name__)}\n{lines}\n\n{END}{after}"
-    if new == text:
-        return 0
-    if options.check:
-        print("README.md differs from docs/results: run python benchmarks/tables.py")
-        return 1
-    README.write_text(new, encoding="utf-8")
-    return 0
+    tables = {BEGIN.format(table.__name__): table() for table in (steps, cifar10)}
+    stale = "README.md differs from docs/results: run python benchmarks/tables.py"
+    return marked.update(README, tables, check=options.check, stale=stale)
 
 
 if __name__ == "__main__":

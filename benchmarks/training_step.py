@@ -14,10 +14,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import stock_model
 from flax import nnx
 from methods import Method
 
-from swat_jax import config_file, step
+from swat_jax import build, config_file, step
 from swat_jax.data import Info
 from swat_jax.models.densenet import DenseLayer, Transition
 from swat_jax.models.resnet import BasicBlock, Bottleneck
@@ -242,6 +243,8 @@ def apart(method: Method) -> Iterator[None]:
             stack.enter_context(mock.patch.dict(os.environ, backend))
         if method.checkpoints:
             stack.enter_context(checkpointed_blocks())
+        if method.own_model:
+            stack.enter_context(mock.patch.object(build, "build", stock_model.make))
         if method.sorts:
             stack.enter_context(mock.patch.object(top_k, "threshold", sorted_threshold))
         yield

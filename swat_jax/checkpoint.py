@@ -94,9 +94,11 @@ class Checkpointer:
       UsageError: `keep` is below 1.
 
     Example:
-      >>> with Checkpointer(workdir / "checkpoints", config=config) as checkpoints:
-      ...     restored = checkpoints.restore(state)  # None in a new run
-      ...     checkpoints.save(step, state, {"epoch": 3, "step_in_epoch": 0})  # doctest: +SKIP
+      >>> import numpy as np
+      >>> state = {"step": np.int32(7)}
+      >>> with Checkpointer(Path("run/checkpoints").absolute(), config={"seed": 0}) as checkpoints:
+      ...     assert checkpoints.restore(state) is None  # a new run
+      ...     saved = checkpoints.save(7, state, {"epoch": 3, "step_in_epoch": 0})
     """
 
     def __init__(
@@ -357,7 +359,7 @@ def check_same_run(
 
     Example:
       >>> check_same_run({"seed": 0, "log": {"every_steps": 5}}, {"seed": 0, "log": {}})
-      >>> check_same_run({"seed": 0}, {"seed": 1})
+      >>> check_same_run({"seed": 0}, {"seed": 1})  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       ...
       swat_jax.errors.UsageError: the checkpoint is of another run: config.seed is 1, was 0; ...

@@ -9,38 +9,77 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from swat_jax import recipe
-from swat_jax.errors import UsageError
+from swat_jax import command_line, recipe
+from swat_jax.errors import UsageError, did_you_mean
+
+EXAMPLE = "configs/digits.py:u90"
 
 
-def parse_flags(flag_values: flags.FlagValues, argv: Sequence[str]) -> ConfigDict | None:
-    """Parses a command line: the program's own flags, `--config` and its overrides.
+class Parser(command_line.Parser):
+    """The flags of a program that takes a config: `--config` and `--config.KEY=VALUE` among them.
 
     Args:
-      flag_values: where the program's own flags are defined already.
-      argv: command line, program name first.
+      doc: see `command_line.Parser`.
 
-    Returns:
-      The config with its overrides applied, or None where `--config` was not given.
+    Example:
+      >>> options = Parser("Trains.").parse_args(["--config=configs/digits.py", "--config.seed=4"])
+      >>> options.config.seed
+      4
+    """
+
+    def __init__(self, doc: str | None) -> None:
+        super().__init__(doc)
+        self.add_argument("--config", nargs="?", const="")
+
+    def knows(self, flag: str) -> bool:
+        return flag.startswith(("--config.", "--noconfig.")) or super().knows(flag)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """As argparse's; `config` becomes the config with its overrides, None without `--config`.
+
+        Raises:
+          UsageError: unknown flag, method or config key, a value of the wrong type, a config file
+            that is missing, broken or incomplete, or an argument that is no flag.
+        """
+        options, rest = super().parse_known_args(args, namespace)
+        if options.config == "":
+            self.error(f"--config: needs a file, such as {EXAMPLE}")
+        config = None if options.config is None else load(options.config)
+        _override(config, rest)
+        options.config = config
+        return options, []
+
+
+def require(config: ConfigDict | None) -> ConfigDict:
+    """The config, where one was given.
 
     Raises:
-      UsageError: unknown flag, method or config key, a value of the wrong type, a config file that
-        is missing, broken or incomplete, or an argument that is no flag.
+      UsageError: `--config` is missing.
     """
-    file, arguments = _take_config(argv)
-    config = None if file is None else load(file)
+    if config is None:
+        raise UsageError(f"--config is missing: give a file, such as {EXAMPLE}")
+    return config
+
+
+def _override(config: ConfigDict | None, arguments: Sequence[str]) -> None:
+    """Applies `--config.KEY=VALUE`, each value in the type of its key."""
+    values = flags.FlagValues()
+    command = ["", *arguments]
     if config is not None:
-        _check_overrides(config, arguments)
-        config_flags.DEFINE_config_dict(
-            "config", config, flag_values=flag_values, sys_argv=arguments
-        )
+        _check_keys(config, arguments)
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=command)
     try:
-        positional = flag_values(arguments)[1:]
+        positional = values(command)[1:]
+    except flags.UnrecognizedFlagError as error:
+        known = f"--{error.flagname}"
+        missing = config is None and error.flagname.startswith(("config.", "noconfig."))
+        raise UsageError(
+            f"{known}: --config is missing" if missing else f"unknown flag {known}"
+        ) from error
     except (flags.Error, TypeError, ValueError) as error:
-        raise UsageError("; ".join(str(error).split("\n"))) from error
+        raise UsageError(str(error)) from error
     if positional:
         raise UsageError(f"unexpected argument {positional[0]!r}: flags start with --")
-    return config
 
 
 def load(text: str) -> ConfigDict:
@@ -77,7 +116,9 @@ def load_module(path: pathlib.Path) -> types.ModuleType:
       UsageError: the file is missing, fails on import or defines no `get_config`.
     """
     if not path.is_file():
-        raise UsageError(f"config: no file {str(path)!r}; --list prints the ones there are")
+        raise UsageError(
+            f"config: no file {str(path)!r}{_near_file(path)}; --list prints the ones there are"
+        )
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"config: {path} is not a Python file")
@@ -95,25 +136,17 @@ def _failed(path: pathlib.Path | str, error: Exception) -> str:
     return f"config: {path} failed: {type(error).__name__}: {'; '.join(str(error).split(chr(10)))}"
 
 
-def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Splits `--config FILE` or `--config=FILE` off the command line."""
-    file, rest = None, []
-    arguments = iter(argv)
-    for argument in arguments:
-        name, equals, value = argument.partition("=")
-        if name not in ("--config", "-config"):
-            rest.append(argument)
-            continue
-        file = value if equals else next(arguments, "")
-        if not file or file.startswith("-"):
-            raise UsageError("--config: needs a file, such as configs/digits.py:u90")
-    return file, rest
+def _near_file(path: pathlib.Path) -> str:
+    """Which config files there are with a name like that of a missing one."""
+    folders = (path.parent, pathlib.Path("configs"))
+    files = [file for folder in dict.fromkeys(folders) for file in sorted(folder.glob("*.py"))]
+    return did_you_mean(path.stem, {file.stem: file.as_posix() for file in reversed(files)})
 
 
-def _check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
-    """Refuses `--config.KEY` where the config has no KEY, and names the keys that it has."""
+def _check_keys(config: ConfigDict, arguments: Sequence[str]) -> None:
+    """Refuses `--config.KEY` where the config has no KEY, and says which it has."""
     for argument in arguments:
-        flag = argument.partition("=")[0].lstrip("-")
+        flag = argument.partition("=")[0].lstrip("-").removeprefix("no")
         if not flag.startswith("config."):
             continue
         if flag == "config.sparsity.method":
@@ -125,7 +158,8 @@ def _check_overrides(config: ConfigDict, arguments: Sequence[str]) -> None:
             if not isinstance(section, ConfigDict):
                 raise UsageError(f"--{flag}: {seen} is a value and has no keys")
             if key not in section:
-                raise UsageError(f"--{flag}: {seen} has no key {key!r}; it has: {_keys(section)}")
+                near = recipe.near_key(f"{seen}.{key}") or f"; {seen} has: {_keys(section)}"
+                raise UsageError(f"unknown key {seen}.{key}{near}")
             seen += f".{key}"
             section = section[key]
 

@@ -1,31 +1,30 @@
 r"""Scores the weights of a sparse file on the test images of a config.
 
-    python -m swat_jax.evaluate --weights pruned.safetensors \
-        --config configs/cifar10_resnet18.py:channel70 --config.data.data_dir=DATA
+Examples:
+  python -m swat_jax.evaluate --weights FILE --config configs/digits.py
+  python -m swat_jax.evaluate --weights FILE --config.data.data_dir=DATA \
+      --config configs/cifar10_resnet18.py
+  python -m swat_jax.evaluate --weights FILE --json --config.data.source=npz \
+      --config configs/cifar10_vgg16.py --config.precision=float32 \
+      --config.data.data_dir=cifar10.npz
 
-  --weights FILE           from `python -m swat_jax.export`
-  --config FILE[:METHOD]   the network and the data; the method does not matter here
-  --config.KEY=VALUE       replaces a value of the config
-  --json                   print JSON
+  --weights FILE           of `python -m swat_jax.export`, or one in pretrained/
+  --config FILE[:METHOD]   the network and the data; METHOD does not matter here
+  --config.KEY=VALUE       a value of the config
 
 The weights run as they are, in the network of stock Flax layers.
-
-Exit code: 0 done, 2 the command, the config or the file is wrong.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from absl import flags
 
-from swat_jax import config_file, data, export, sparse_file, step, train
-from swat_jax.errors import UsageError
+from swat_jax import command_line, config_file, data, export, sparse_file, step, train
 from swat_jax.feed import Stream
 
 
@@ -54,31 +53,18 @@ def evaluate(weights: Path, config: Any) -> dict[str, float]:
     return train.evaluate(trainer, batches, placed["params"], placed["batch_stats"])
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("weights", None, "a sparse file", flag_values=values)
-    flags.DEFINE_bool("json", False, "print JSON", flag_values=values)
-    flags.DEFINE_bool("help", False, "print this help", flag_values=values)
-    try:
-        config = config_file.parse_flags(values, argv)
-        if values["help"].value:
-            print(__doc__)
-            return 0
-        if not values["weights"].value:
-            raise UsageError("--weights is missing: give a file that swat_jax.export has written")
-        if config is None:
-            raise UsageError("--config is missing: give a file, such as configs/digits.py")
-        found = evaluate(Path(values["weights"].value), config)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if values["json"].value:
-        print(json.dumps(found))
-    else:
-        print(f"test accuracy {found['accuracy']:.2%}, top-5 {found['top5_accuracy']:.2%}")
-    return 0
+    parser = config_file.Parser(__doc__)
+    parser.add_argument("--weights", type=Path, required=True)
+    return command_line.run(parser, _evaluate, argv)
+
+
+def _evaluate(options: Any) -> command_line.Answer:
+    found = evaluate(options.weights, config_file.require(options.config))
+    text = f"test accuracy {found['accuracy']:.2%}, top-5 {found['top5_accuracy']:.2%}"
+    return command_line.Answer(found, text)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

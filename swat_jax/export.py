@@ -1,22 +1,22 @@
 r"""Takes a sparse network home: its hard-pruned weights in one small file.
 
-    python -m swat_jax.export RUN pruned.safetensors
-    python -m swat_jax.export RUN pruned.safetensors --values bfloat16
-    python -m swat_jax.export RUN pruned.safetensors --most_mib 16
+Examples:
+  python -m swat_jax.export runs/digits pruned.safetensors
+  python -m swat_jax.export runs/digits pruned.safetensors --most_mib 16
+  python -m swat_jax.export pruned.safetensors half.safetensors --values float16
 
-RUN is the workdir of a run that is done. Its last checkpoint is pruned to exact masks, and kernels
-that are sparse are written as one bit a weight and the values that are left (`sparse_file.py` says
-how). `--values bfloat16` rounds those, `--most_mib` does so only where the file would be larger.
+  RUN               workdir of a run that is done, whose last checkpoint is
+                    pruned to exact masks; or a file that was written from one
+  OUTPUT            the file; sparse kernels are a bit a weight and what is left
+  --values TYPE     rounds those values to bfloat16, float16 or float32
+  --most_mib SIZE   rounds them to bfloat16 where the file would be larger
 
-In Python, `save` writes any model with SWAT layers, `load` reads a file, `load_into` puts it into a
-model of stock or of SWAT layers.
-
-Exit code: 0 done, 2 the request cannot be met.
+In Python, `save` writes any model with SWAT layers, `load` reads a file, and
+`load_into` puts it into a model of stock or of SWAT layers.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -31,9 +31,10 @@ import numpy as np
 from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
-from swat_jax import checkpoint, network, pruning, sparse_file, step
+from swat_jax import checkpoint, command_line, network, pruning, sparse_file, step
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
+from swat_jax.files import replace_bytes
 from swat_jax.layers import ThresholdAge, WeightBudget
 from swat_jax.sparsity import granularity
 
@@ -73,8 +74,9 @@ def save(
       OSError: the file cannot be written.
 
     Example:
+      >>> from swat_jax import SwatConv
       >>> layer = SwatConv(3, 64, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
-      >>> save("layer.safetensors", layer)  # doctest: +SKIP
+      >>> size = save("layer.safetensors", layer)
     """
     _check_layers(model)
     layers = pruning.layers_of(model)
@@ -95,7 +97,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
       UsageError: it is no such file, or a damaged one.
 
     Example:
-      >>> load("layer.safetensors")["params"]["kernel"].shape  # doctest: +SKIP
+      >>> from swat_jax import SwatConv
+      >>> layer = SwatConv(3, 64, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> size = save("layer.safetensors", layer)
+      >>> load("layer.safetensors")["params"]["kernel"].shape
       (3, 3, 3, 64)
     """
     arrays = sparse_file.read(Path(path)).arrays
@@ -116,7 +121,13 @@ def load_into(path: str | os.PathLike[str], model: nnx.Module) -> None:
       UsageError: it is no such file, or one of another model; the model is unchanged.
 
     Example:
-      >>> load_into("pruned.safetensors", model)  # doctest: +SKIP
+      >>> from swat_jax import SwatConv
+      >>> layer = SwatConv(3, 64, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> size = save("layer.safetensors", layer)
+      >>> stock = nnx.Conv(3, 64, (3, 3), rngs=nnx.Rngs(1))
+      >>> load_into("layer.safetensors", stock)
+      >>> int((stock.kernel[...] != 0).sum())
+      173
     """
     path = Path(path)
     arrays = sparse_file.read(path).arrays
@@ -319,35 +330,34 @@ def _nested(path: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m swat_jax.export", description="The pruned weights of a run as one file."
-    )
-    parser.add_argument("run", type=Path, help="workdir of a run that is done")
-    parser.add_argument("output", type=Path, help="file to write, such as pruned.safetensors")
-    types = ("bfloat16", "float16", "float32")
-    parser.add_argument("--values", choices=types, help="of sparse kernels; default: as trained")
-    parser.add_argument("--most_mib", type=float, help="bfloat16 values where it would be larger")
-    options = parser.parse_args(argv)
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    parser.add_argument("--values", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--most_mib", type=float, metavar="SIZE")
+    return command_line.run(parser, _export, argv)
+
+
+def _export(options: Any) -> command_line.Answer:
+    arrays, sparse, facts = (sparse_file.read if options.run.is_file() else of_run)(options.run)
+    most = math.inf if options.most_mib is None else options.most_mib * 2**20
+    values = options.values
+    data = sparse_file.encode(arrays, sparse=sparse, facts=facts, values=values)
+    if len(data) > most and values is None:
+        values = "bfloat16"
+        data = sparse_file.encode(arrays, sparse=sparse, facts=facts, values=values)
+    size = len(data)
+    if size > most:
+        raise UsageError(
+            f"--most_mib {options.most_mib:g} cannot be met: {options.output} would have "
+            f"{size / 2**20:.1f} MiB with values in {values}"
+        )
     try:
-        arrays, sparse, facts = of_run(options.run)
-        values = options.values
-        size = sparse_file.write(options.output, arrays, sparse=sparse, facts=facts, values=values)
-        most = math.inf if options.most_mib is None else options.most_mib * 2**20
-        if size > most and values is None:
-            values = "bfloat16"
-            size = sparse_file.write(
-                options.output, arrays, sparse=sparse, facts=facts, values=values
-            )
-        if size > most:
-            raise UsageError(
-                f"--most_mib {options.most_mib:g} cannot be met: {options.output} has "
-                f"{size / 2**20:.1f} MiB with values in {values}"
-            )
-    except (UsageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.output}: {size / 2**20:.1f} MiB{f', {values}' if values else ''}")
-    return 0
+        replace_bytes(options.output, data)
+    except OSError as error:
+        raise UsageError(f"{options.output} cannot be written: {error.strerror}") from error
+    text = f"{options.output}: {size / 2**20:.1f} MiB{f', {values}' if values else ''}"
+    return command_line.Answer({"file": str(options.output), "bytes": size, "values": values}, text)
 
 
 if __name__ == "__main__":

@@ -1,32 +1,24 @@
-"""What a training step and an inference cost, layer by layer, and what SWAT saves of it.
+r"""What a training step and an inference cost, layer by layer, and what SWAT saves.
 
-    python -m swat_jax.flops --config configs/imagenet_resnet50.py:u80 [--json]
-    python -m swat_jax.flops --config configs/imagenet_resnet50.py:u80 --bytes [--batch_size N]
+Examples:
+  python -m swat_jax.flops --config configs/imagenet_resnet50.py:u80
+  python -m swat_jax.flops --config configs/cifar10_vgg16.py:u90 --bytes
+  python -m swat_jax.flops --config configs/cifar10_vgg16.py:u90 --bytes \
+      --batch_size=32 --config.precision=float32
 
-With `--bytes` it prints what `swat_jax.kept_bytes` counts: the bytes that every layer keeps for its
-backward pass, for the config's precision and batch or for N images on one device. Without, counted
-are the multiply-accumulates (MACs) of convolutions and linear layers, per image:
-
-* forward `F = Cin*Cout*kh*kw*Hout*Wout / groups`, and as many for the weight gradient;
-* input gradient `X = Cin*Cout*kh*kw*Hin*Win / groups`, at the resolution of the INPUT, and for the
-  first layer too, although nobody needs that one.
-
-With weight sparsity s_W and activation sparsity s_A of a layer, SWAT leaves `(F + X)(1 - s_W)` of
-forward and input gradient and `F (1 - s_A)` of the weight gradient. This convention reproduces the
-columns of the SWAT paper (Raihan and Aamodt, NeurIPS 2020); `tests/test_flops.py` lists
-them, with the two rows that it does not.
+  --config FILE[:METHOD]   METHOD: dense, or u90, erk95, m95, channel70, ...
+  --config.KEY=VALUE       a value of the config
+  --bytes                  what layers keep for their backward passes, not MACs
+  --batch_size N           with --bytes: of N images on one device
 """
 
 import dataclasses
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
-from swat_jax import config_file, kept_bytes, method
+from swat_jax import command_line, config_file, kept_bytes, method
 from swat_jax.errors import UsageError
 from swat_jax.layer_table import Layer, Sparsities, layer_table, network_table, sparsities
 
@@ -62,6 +54,17 @@ def training_flop_reduction(
     layers: Sequence[Layer], weight: Mapping[str, float], activation: Mapping[str, float]
 ) -> float:
     """Percentage of the MACs of a training step that the given sparsities save.
+
+    Counted are the multiply-accumulates (MACs) of convolutions and linear layers, per image:
+
+    * forward `F = Cin*Cout*kh*kw*Hout*Wout / groups`, and as many for the weight gradient;
+    * input gradient `X = Cin*Cout*kh*kw*Hin*Win / groups`, at the resolution of the INPUT, and for
+      the first layer too, although nobody needs that one.
+
+    With weight sparsity s_W and activation sparsity s_A of a layer, SWAT leaves `(F + X)(1 - s_W)`
+    of forward and input gradient and `F (1 - s_A)` of the weight gradient. This convention
+    reproduces the columns of the SWAT paper (Raihan and Aamodt, NeurIPS 2020);
+    `tests/test_flops.py` lists them, with the two rows that it does not.
 
     Args:
       layers: the layer table.
@@ -231,35 +234,24 @@ def _times(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "-"
 
 
-def main(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code (2: the command line or the config is wrong)."""
-    flag_values = flags.FlagValues()
-    flags.DEFINE_bool("json", False, "print JSON instead of a table", flag_values=flag_values)
-    flags.DEFINE_bool("bytes", False, "print what is kept, not MACs", flag_values=flag_values)
-    flags.DEFINE_integer(
-        "batch_size", None, "images on one device, for --bytes", flag_values=flag_values
-    )
-    flags.DEFINE_bool("help", False, "print this help", flag_values=flag_values)
-    try:
-        config = config_file.parse_flags(flag_values, argv)
-        if flag_values["help"].value:
-            print(__doc__)
-            return 0
-        if config is None:
-            raise UsageError("--config is missing: give a file, such as configs/digits.py:u90")
-        batch_size = flag_values["batch_size"].value
-        if flag_values["bytes"].value:
-            result, text = bytes_report(config, batch_size), kept_bytes.render
-        elif batch_size is None:
-            result, text = report(config), render
-        else:
-            raise UsageError("--batch_size: only --bytes counts what depends on it")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result, indent=2) if flag_values["json"].value else text(result))
-    return 0
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = config_file.Parser(__doc__)
+    parser.add_argument("--bytes", action="store_true")
+    parser.add_argument("--batch_size", type=int, metavar="N")
+    return command_line.run(parser, _report, argv)
+
+
+def _report(options: Any) -> command_line.Answer:
+    config = config_file.require(options.config)
+    if options.bytes:
+        result = bytes_report(config, options.batch_size)
+        return command_line.Answer(result, kept_bytes.render(result))
+    if options.batch_size is not None:
+        raise UsageError("--batch_size: only --bytes counts what depends on it")
+    result = report(config)
+    return command_line.Answer(result, render(result))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

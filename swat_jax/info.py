@@ -1,17 +1,17 @@
-"""What is installed, which backend is active and why, and whether its ops do what they should.
+r"""What is installed, which backend is active and why, and if its ops are right.
 
-    python -m swat_jax.info [--json]
+Examples:
+  python -m swat_jax.info
+  python -m swat_jax.info --json
+  SWAT_JAX_BACKEND=xla python -m swat_jax.info
 
-Every op that has a kernel is run against its jax.numpy twin on the default device. With the backend
-"xla" the op is its twin, and that comparison tells little.
-
-Exit code: 0 all is well, 1 an op differs from its twin, 2 the command or the environment is wrong.
+Every op that has a kernel is run against its jax.numpy twin on the default
+device; exit code 1 where one differs. With the backend "xla" the op is its
+twin, and that comparison tells little.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import platform
 import re
@@ -23,8 +23,7 @@ from typing import Any
 
 import jax
 
-from swat_jax import kernels, native, self_test
-from swat_jax.errors import UsageError
+from swat_jax import command_line, kernels, native, self_test
 
 PACKAGES = ("swat-jax", "jax", "jaxlib", "flax")
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -70,26 +69,23 @@ def render(found: dict[str, Any]) -> str:
     tests = found["self_tests"]
     width = max(map(len, tests), default=0)
     for name, difference in tests.items():
-        lines.append(f"{'self-test':10} {name:{width}} {difference or 'ok'}")
+        told = command_line.colored(
+            difference or "ok", "red" if difference else "green", sys.stdout
+        )
+        lines.append(f"{'self-test':10} {name:{width}} {told}")
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m swat_jax.info",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    as_json = parser.parse_args(argv[1:]).json
-    try:
-        found = report()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(found, indent=2) if as_json else render(found))
-    return 1 if any(found["self_tests"].values()) else 0
+    return command_line.run(command_line.Parser(__doc__), _report, argv)
+
+
+def _report(_: Any) -> command_line.Answer:
+    found = report()
+    differs = any(found["self_tests"].values())
+    code = command_line.FAILED if differs else command_line.DONE
+    return command_line.Answer(found, render(found), code)
 
 
 def _version(package: str) -> str:
@@ -126,4 +122,4 @@ def _run(name: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

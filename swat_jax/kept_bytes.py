@@ -48,6 +48,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swat_jax import build, functional, method
+from swat_jax.abstract_call import abstract_call
 from swat_jax.activations import Activation
 from swat_jax.dropout import Dropout
 from swat_jax.errors import UsageError
@@ -229,16 +230,24 @@ def trace(model: nnx.Module, shape: Sequence[int], dtype: Any = jnp.float32) -> 
       >>> trace(model, (2, 8, 8, 1))[0]
       Kept(path='stem', kind='conv', what='input', activations=512, weights=0)
     """
-    graph, state = nnx.split(model)
+    return trace_call(model, jax.ShapeDtypeStruct(tuple(shape), dtype))
+
+
+def trace_call(model: nnx.Module, *args: Any, **kwargs: Any) -> list[Kept]:
+    """`trace` of a model that is called with other things than one batch of images.
+
+    Args:
+      model: see there.
+      args: of the call, see `swat_jax.abstract_call`.
+      kwargs: of the call.
+    """
     records: list[Kept] = []
 
-    def forward(state: Any, images: jax.Array) -> Any:
-        traced = nnx.merge(graph, state)
+    def observe(traced: Any, inputs: Sequence[jax.Array]) -> None:
         traced.train()
-        _Observer(records, images).observe(traced)
-        return traced(images)
+        _Observer(records, inputs).observe(traced)
 
-    jax.eval_shape(forward, state, jax.ShapeDtypeStruct(tuple(shape), dtype))
+    abstract_call(model, observe, args, kwargs)
     return records
 
 
@@ -248,9 +257,9 @@ class _Observer:
     Inside one trace the same array is the same object, which tells what is shared.
     """
 
-    def __init__(self, records: list[Kept], images: jax.Array) -> None:
+    def __init__(self, records: list[Kept], inputs: Sequence[jax.Array]) -> None:
         self._records = records
-        self._images = images
+        self._inputs = inputs
         self._paths: dict[int, str] = {}  # of dropout layers, by id
         self._seen: dict[int, jax.Array] = {}  # by id, which is taken as long as they are here
 
@@ -283,7 +292,7 @@ class _Observer:
             needs_weights = True
         else:
             what, activations = self._once("input", x)
-            masks, needs_weights = False, given.x is not self._images
+            masks, needs_weights = False, all(given.x is not one for one in self._inputs)
         if not needs_weights or (not masks and kernel.dtype == x.dtype):
             weights = 0
         kind = "conv" if isinstance(layer, nnx.Conv) else "linear"
@@ -325,10 +334,10 @@ class _Observer:
             # The dropout layer is not called.
             self._dropout(self._paths.get(id(dropout), path), dropout, x)
 
-    def _dropout(self, path: str, layer: Any, x: jax.Array, *_: Any, **__: Any) -> None:
+    def _dropout(self, path: str, layer: Any, inputs: jax.Array, *_: Any, **__: Any) -> None:
         if 0 < layer.rate < 1:
             is_bitmap = isinstance(layer, Dropout)
-            size = 4 * packing.bitmap_words(x.size) if is_bitmap else x.size
+            size = 4 * packing.bitmap_words(inputs.size) if is_bitmap else inputs.size
             self._records.append(Kept(path, "dropout", "what was dropped", size))
 
     def _observed_pool(self, pool: Callable[..., jax.Array], path: str) -> Callable[..., jax.Array]:

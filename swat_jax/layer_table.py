@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from swat_jax import models
+from swat_jax.abstract_call import abstract_call
+from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.sparsity import distribution
 
 
@@ -64,30 +66,49 @@ def layer_table(model: nnx.Module, image_shape: Sequence[int]) -> list[Layer]:
       model: any NNX model of stock `nnx.Conv` and `nnx.Linear` layers, called with one batch.
       image_shape: (H, W, C) of its input.
     """
-    graph, state = nnx.split(model)
+    return trace(model, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+
+
+def trace(model: nnx.Module, *args: Any, **kwargs: Any) -> list[Layer]:
+    """`layer_table` of a model that is called with other things than one batch of images.
+
+    Args:
+      model: see there.
+      args: of the call, see `swat_jax.abstract_call`.
+      kwargs: of the call.
+    """
     records: list[Layer] = []
 
-    def forward(state: Any, images: jax.Array) -> Any:
-        traced = nnx.merge(graph, state)
+    def record(traced: Any, inputs: Sequence[jax.Array]) -> None:
+        del inputs
         traced.eval()
         for path, module in nnx.iter_modules(traced):
             name = "/".join(str(part) for part in path)
             if isinstance(module, nnx.Conv):
-                module.conv_general_dilated = _record_conv(name, records)
+                module.conv_general_dilated = _record_conv(name, records, _product(module))
             elif isinstance(module, nnx.Linear):
-                module.dot_general = _record_linear(name, records)
-        return traced(images)
+                module.dot_general = _record_linear(name, records, _product(module))
 
-    jax.eval_shape(forward, state, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
+    abstract_call(model, record, args, kwargs)
     return records
 
 
-def _record_conv(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
+def _product(layer: Any) -> Callable[..., jax.Array]:
+    """What a layer's product is replaced by: that of JAX for a SWAT layer, else its own."""
+    if isinstance(layer, nnx.Conv):
+        swat, stock = isinstance(layer, SwatConv), jax.lax.conv_general_dilated
+        return stock if swat else layer.conv_general_dilated
+    return jax.lax.dot_general if isinstance(layer, SwatLinear) else layer.dot_general
+
+
+def _record_conv(
+    path: str, records: list[Layer], product: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
     def conv(
         x: jax.Array, kernel: jax.Array, *args: Any, given: Any = None, **kwargs: Any
     ) -> jax.Array:
         del given  # in which form the input of a SWAT layer came
-        y = jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
+        y = product(x, kernel, *args, **kwargs)
         groups = kwargs["feature_group_count"]
         records.append(Layer(path, "conv", kernel.shape, x.shape[1:-1], y.shape[1:-1], groups))
         return y
@@ -95,13 +116,15 @@ def _record_conv(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
     return conv
 
 
-def _record_linear(path: str, records: list[Layer]) -> Callable[..., jax.Array]:
+def _record_linear(
+    path: str, records: list[Layer], product: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
     def dot(
         x: jax.Array, kernel: jax.Array, *args: Any, given: Any = None, **kwargs: Any
     ) -> jax.Array:
         del given
         records.append(Layer(path, "linear", kernel.shape, x.shape[1:-1], x.shape[1:-1]))
-        return jax.lax.dot_general(x, kernel, *args, **kwargs)
+        return product(x, kernel, *args, **kwargs)
 
     return dot
 

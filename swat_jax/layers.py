@@ -38,6 +38,14 @@ from swat_jax.sparsity.varying import varying_axes
 # Inputs that are less sparse than this are not packed: it would save no memory.
 LEAST_PACKED_SPARSITY = 0.15
 
+# What a SWAT layer has besides the attributes of the stock layer.
+SPARSE_ATTRIBUTES = (
+    *("granularity", "pack", "deterministic", "measure"),
+    *("weight_sparsity", "activation_sparsity", "threshold_every_steps"),
+    *("weight_budget", "weight_threshold", "activation_threshold", "threshold_age"),
+    *("next_weight_threshold", "measured_sparsity"),
+)
+
 
 class Threshold(nnx.Variable):
     """Smallest magnitude that is kept: a scalar that is reused between refresh steps."""
@@ -80,14 +88,17 @@ class _SwatLayer(nnx.Module):
     # Whether thresholds are recomputed at every step whatever the period.
     _always_exact: ClassVar[bool] = False
 
-    def _start(
+    def start(
         self,
+        *,
         granularity: str,
         weight_sparsity: float,
         activation_sparsity: float | None,
         threshold_every_steps: int,
         pack: bool | None,
+        dynamic_budget: bool = False,
     ) -> None:
+        """Adds what a stock layer has not: see `SPARSE_ATTRIBUTES`."""
         self.granularity = granularities.check(granularity)
         self.pack = kernels.packs() if pack is None else pack
         self.deterministic = False
@@ -98,7 +109,13 @@ class _SwatLayer(nnx.Module):
                 weight_sparsity if activation_sparsity is None else activation_sparsity
             ),
             threshold_every_steps=threshold_every_steps,
+            dynamic_budget=dynamic_budget,
         )
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """Called by `flax.nnx.view`: training mode (False) or evaluation mode (True)."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def set_sparsity(
         self,
@@ -381,7 +398,13 @@ class SwatConv(nnx.Conv, _SwatLayer):
         # What is left is the method below, which the stock layer then calls.
         del self.conv_general_dilated
         self.weight_gradient = weight_gradient
-        self._start(granularity, weight_sparsity, activation_sparsity, threshold_every_steps, pack)
+        self.start(
+            granularity=granularity,
+            weight_sparsity=weight_sparsity,
+            activation_sparsity=activation_sparsity,
+            threshold_every_steps=threshold_every_steps,
+            pack=pack,
+        )
 
     def __call__(
         self,
@@ -470,8 +493,13 @@ class SwatLinear(nnx.Linear, _SwatLayer):
         refuse_own_product(kwargs, "dot_general")
         super().__init__(in_features, out_features, **kwargs)
         del self.dot_general
-        sparsities = (weight_sparsity, activation_sparsity)
-        self._start("unstructured", *sparsities, threshold_every_steps, pack)
+        self.start(
+            granularity="unstructured",
+            weight_sparsity=weight_sparsity,
+            activation_sparsity=activation_sparsity,
+            threshold_every_steps=threshold_every_steps,
+            pack=pack,
+        )
 
     def __call__(self, inputs: jax.Array | Activation, out_sharding: Any = None) -> jax.Array:
         """The output for an input that may come with its packed form."""

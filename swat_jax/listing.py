@@ -1,6 +1,5 @@
 """The table of `python -m swat_jax.main --list`: every config file, every method it lists."""
 
-import json
 import pathlib
 
 from swat_jax import config_file
@@ -63,17 +62,3 @@ def render(table: list[dict[str, str]]) -> str:
         "  ".join(line[column].ljust(widths[column]) for column in COLUMNS).rstrip()
         for line in lines
     )
-
-
-def print_rows(as_json: bool, config_dir: str | pathlib.Path = "configs") -> None:
-    """Prints the table, as text or as a JSON list.
-
-    Args:
-      as_json: JSON instead of text.
-      config_dir: see `rows`.
-
-    Raises:
-      UsageError: see `rows`.
-    """
-    table = rows(config_dir)
-    print(json.dumps(table, indent=2) if as_json else render(table))

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from swat_jax.errors import UsageError
+from swat_jax.errors import UsageError, did_you_mean
 
 Distribution = Literal["dense", "uniform", "erk", "momentum"]
 Granularity = Literal["unstructured", "channel", "filter", "vector8", "vector16", "vector32"]
@@ -26,6 +26,7 @@ _KINDS: dict[str, tuple[Distribution, Granularity]] = {
     "vector16-": ("uniform", "vector16"),
     "vector32-": ("uniform", "vector32"),
 }
+_PERCENTAGES = (50, 60, 70, 80, 90, 95)  # of the paper's tables
 _ALLOWED = (
     f"'dense', or one of {', '.join(_KINDS)} followed by the percentage of zeros,"
     " at least 0 and below 100 (u90, erk95, m97.5, channel70, vector16-80)"
@@ -71,7 +72,8 @@ def parse(text: str) -> Method:
     match = _PATTERN.fullmatch(text)
     percent = decimal.Decimal(match[2]) if match else None
     if match is None or percent is None or percent >= 100:
-        raise UsageError(f"method: got {text!r}, allowed: {_ALLOWED}")
+        common = ("dense", *(f"{kind}{percent}" for kind in _KINDS for percent in _PERCENTAGES))
+        raise UsageError(f"method: got {text!r}, allowed: {_ALLOWED}{did_you_mean(text, common)}")
     distribution, granularity = _KINDS[match[1]]
     return Method(distribution, granularity, float(percent / 100))
 

@@ -5,7 +5,7 @@ Nothing here needs TensorFlow: tensorboardX writes the event files by itself.
 
 import json
 import math
-import os
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,6 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
-import numpy as np
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -23,6 +22,7 @@ from tensorboardX import SummaryWriter
 
 from swat_jax.errors import RunError
 from swat_jax.files import replace_text
+from swat_jax.jsonable import jsonable
 
 Kind = Literal["train", "eval"]
 
@@ -41,10 +41,12 @@ class MetricsWriter:
       RunError: the disk is full or cannot be written (every method).
 
     Example:
-      >>> with MetricsWriter(workdir) as writer:
-      ...     writer.truncate(restored_step)
+      >>> with MetricsWriter("run") as writer:
+      ...     writer.truncate(0)
       ...     writer.write(100, {"loss": 0.25, "accuracy": 0.9})
-      ...     writer.write(100, {"accuracy": 0.8}, kind="eval")  # doctest: +SKIP
+      ...     writer.write(100, {"accuracy": 0.8}, kind="eval")
+      >>> len(Path("run/metrics.jsonl").read_text().splitlines())
+      2
     """
 
     def __init__(self, workdir: str | Path) -> None:
@@ -73,7 +75,7 @@ class MetricsWriter:
           kind: which part of the run the numbers describe.
         """
         numbers = {name: float(value) for name, value in values.items()}
-        line = json.dumps(_jsonable({"step": int(step), "kind": kind, **numbers}))
+        line = json.dumps(jsonable({"step": int(step), "kind": kind, **numbers}))
         try:
             self._file.write(line + "\n")
             self._file.flush()
@@ -139,7 +141,7 @@ def write_json(path: str | Path, value: Any) -> None:
       TypeError: the value holds something else.
     """
     path = Path(path)
-    text = json.dumps(_jsonable(value), indent=2) + "\n"
+    text = json.dumps(jsonable(value), indent=2) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, text)
@@ -163,7 +165,7 @@ class Progress:
     Example:
       >>> with Progress(1000, start_step=0) as progress:
       ...     progress.update(10, loss=1.5, accuracy=0.4, rate=4000.0)
-      ...     progress.message("saved a checkpoint")  # doctest: +SKIP
+      ...     progress.message("saved a checkpoint")
     """
 
     def __init__(
@@ -178,7 +180,11 @@ class Progress:
         self._total = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._interval = interval
-        self._console = Console(file=stream, stderr=stream is None, highlight=False)
+        # Colours may be asked for elsewhere (FORCE_COLOR), a bar that moves may not.
+        is_terminal = (sys.stderr if stream is None else stream).isatty()
+        self._console = Console(
+            file=stream, stderr=stream is None, highlight=False, force_terminal=is_terminal
+        )
         # (time, step) of the last few updates, so compilation soon leaves the time that is left.
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)
         self._said = -math.inf
@@ -330,7 +336,8 @@ def final_table(results: Mapping[str, Mapping[str, Any]], title: str = "Result")
       Plain text.
 
     Example:
-      >>> print(final_table({"u90": {"pruned_test_accuracy": 0.9861}}))  # doctest: +SKIP
+      >>> "98.61 %" in final_table({"u90": {"pruned_test_accuracy": 0.9861}})
+      True
     """
     body = []
     for key, name, form in _RESULTS:
@@ -414,24 +421,6 @@ def _step_of(line: str) -> float:
 def _is_score_of(line: str, step: int) -> bool:
     values = json.loads(line)
     return values["step"] == step and values["kind"] == "eval"
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if not isinstance(value, float):
-        # A scalar of numpy or JAX; bfloat16 has no Python twin and goes by float32.
-        array = np.asarray(value)
-        if array.ndim or array.dtype == object:
-            raise TypeError(f"cannot write {type(value).__name__} as JSON: {value!r}")
-        value = array.item() if array.dtype.kind in "biu" else float(array.astype(np.float64))
-    return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:

@@ -102,8 +102,13 @@ def values(model: nnx.Module) -> dict[str, Tree]:
 
 def collection(model: nnx.Module, kind: type[nnx.Variable[Any]]) -> Tree:
     """The arrays of one variable type as a nested dict with text keys."""
+    return tree_of(nnx.state(model, kind))
+
+
+def tree_of(state: Any) -> Tree:
+    """The arrays of an `flax.nnx.State` as a nested dict with text keys."""
     tree: Tree = {}
-    for path, variable in nnx.to_flat_state(nnx.state(model, kind)):
+    for path, variable in nnx.to_flat_state(state):
         *parents, last = map(str, path)
         node = tree
         for part in parents:

@@ -110,8 +110,11 @@ def create(
       UsageError: a value is out of its range.
 
     Example:
-      >>> optimizer = create(config.optimizer, schedule, params)  # doctest: +SKIP
-      >>> updates, state = optimizer.update(gradients, state, params)  # doctest: +SKIP
+      >>> import jax.numpy as jnp
+      >>> from swat_jax import recipe
+      >>> params = {"kernel": jnp.ones((2, 3))}
+      >>> optimizer = create(recipe.base().optimizer, lambda step: 0.1, params)
+      >>> updates, state = optimizer.update(params, optimizer.init(params), params)
     """
     _check_number("momentum", config.momentum, low=0, high=1)
     _check_number("weight_decay", config.weight_decay, low=0)

@@ -1,18 +1,20 @@
 r"""Says what is on images, by the weights of a sparse file.
 
-    python -m swat_jax.predict --weights pruned.safetensors cat.jpg dog.png
-    python -m swat_jax.predict --weights pruned.safetensors --json *.png
+Examples:
+  python -m swat_jax.predict --weights pruned.safetensors cat.jpg
+  python -m swat_jax.predict --weights pruned.safetensors photos/*.jpg
+  python -m swat_jax.predict --weights pruned.safetensors --json cat.jpg dog.png
 
-The file knows its network, the size and the colours that images are brought to, and the names of
-the classes. An image's shorter side is resized, and its centre cut out, as for the scores of a run.
+  IMAGE ...        files in any format that OpenCV reads
+  --weights FILE   of `python -m swat_jax.export`, or one in pretrained/
 
-Exit code: 0 done, 2 the command, the file or an image is wrong.
+The file knows its network, the size and the colours that images are brought to,
+and the names of the classes. An image's shorter side is resized, and its centre
+cut out, as for the scores of a run.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from swat_jax import build, export, sparse_file, step
+from swat_jax import build, command_line, export, sparse_file, step
 from swat_jax.data import decode, on_device
 from swat_jax.errors import UsageError
 
@@ -78,24 +80,20 @@ def _plain(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m swat_jax.predict", description="What is on images."
-    )
+    parser = command_line.Parser(__doc__)
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--weights", type=Path, required=True, help="a sparse file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
-    try:
-        found = predict(options.weights, options.images)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(dict(zip(map(str, options.images), found, strict=True))))
-        return 0
-    for path, classes in zip(options.images, found, strict=True):
-        print(f"{path}: {', '.join(f'{_plain(name)} {share:.1%}' for name, share in classes)}")
-    return 0
+    parser.add_argument("--weights", type=Path, required=True)
+    return command_line.run(parser, _predict, argv)
+
+
+def _predict(options: Any) -> command_line.Answer:
+    found = predict(options.weights, options.images)
+    lines = [
+        f"{path}: {', '.join(f'{_plain(name)} {share:.1%}' for name, share in classes)}"
+        for path, classes in zip(options.images, found, strict=True)
+    ]
+    by_image = dict(zip(map(str, options.images), found, strict=True))
+    return command_line.Answer(by_image, "\n".join(lines))
 
 
 if __name__ == "__main__":

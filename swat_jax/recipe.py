@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from swat_jax.errors import UsageError
+from swat_jax.errors import UsageError, did_you_mean
 
 # Rows of the paper's CIFAR tables, for the config files that have them.
 UNSTRUCTURED = ("u80", "u90", "u95", "erk80", "erk90", "erk95", "m80", "m90", "m95")
@@ -118,7 +118,8 @@ def check_keys(config: ConfigDict, path: str = "config") -> None:
     known, given = _flatten(base()), _flatten(config)
     for key in given:
         if key not in known:
-            raise UsageError(f"{path}: unknown key config.{key}")
+            near = near_key(f"config.{key}")
+            raise UsageError(f"{path}: unknown key config.{key}{near}")
     for key, value in known.items():
         if key not in given:
             raise UsageError(
@@ -129,6 +130,34 @@ def check_keys(config: ConfigDict, path: str = "config") -> None:
 
 
 _REQUIRED = object()
+
+
+def near_key(key: str) -> str:
+    """What a message about an unknown key adds, see `swat_jax.errors.did_you_mean`.
+
+    That is a key of just this name in any section, or those like it in the section it was sought.
+
+    Args:
+      key: with all sections, such as ``config.optimiser.learning_rate``.
+
+    Example:
+      >>> near_key("config.optimiser.learning_rate")
+      '; did you mean config.optimizer?'
+      >>> near_key("config.learning_rate")
+      '; did you mean config.optimizer.learning_rate?'
+    """
+    sections: dict[str, dict[str, str]] = {}
+    for leaf in _flatten(base()):
+        path = "config"
+        for part in leaf.split("."):
+            sections.setdefault(path, {})[part] = f"{path}.{part}"
+            path += f".{part}"
+    section, rest = "config", key.split(".")[1:]
+    while rest and f"{section}.{rest[0]}" in sections:
+        section += f".{rest.pop(0)}"
+    name = rest[0] if rest else ""
+    elsewhere = next((names for names in sections.values() if name in names), {})
+    return did_you_mean(name, elsewhere or sections[section])
 
 
 def _flatten(section: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,15 +1,19 @@
-"""The page on what the paper's table is and what came out here, made from the figures of runs.
+"""The page on the paper's CIFAR-10 table beside what came out here.
 
-    python -m swat_jax.report docs/results              # writes docs/reproduction.md and pictures
-    python -m swat_jax.report docs/results --check      # only says whether they are up to date
+Examples:
+  python -m swat_jax.report docs/results
+  python -m swat_jax.report docs/results --check
+  python -m swat_jax.report my_results --output my_page.md
 
-Reads ``RESULTS/cifar10/*.json``, which `benchmarks/reproduce.py` writes, one for each run. The
-pictures need matplotlib: ``pip install swat-jax[report]``.
+  RESULTS         folder of cifar10/*.json, which benchmarks/reproduce.py writes
+  --output FILE   the page (docs/reproduction.md); pictures lie beside it
+  --check         write nothing; exit code 1 where it is not up to date
+
+The pictures need matplotlib: pip install swat-jax[report]
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import json
 import math
@@ -17,8 +21,9 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from swat_jax import report_figures
+from swat_jax import command_line, report_figures
 from swat_jax.errors import UsageError
 from swat_jax.report_figures import Run, Runs
 
@@ -223,21 +228,18 @@ def write(results: Path, output: Path, *, check: bool = False) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m swat_jax.report", description="The page on the paper's CIFAR-10 table."
-    )
-    parser.add_argument("results", type=Path, help="folder of figures, such as docs/results")
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("results", type=Path, metavar="RESULTS")
     parser.add_argument("--output", type=Path, default=Path("docs/reproduction.md"))
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if stale")
-    options = parser.parse_args(argv)
-    try:
-        stale = write(options.results, options.output, check=options.check)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for path in stale:
-        print(f"{path}: {'not up to date' if options.check else 'written'}")
-    return 1 if options.check and stale else 0
+    parser.add_argument("--check", action="store_true")
+    return command_line.run(parser, _write, argv)
+
+
+def _write(options: Any) -> command_line.Answer:
+    stale = [str(path) for path in write(options.results, options.output, check=options.check)]
+    key, told = ("stale", "not up to date") if options.check else ("written", "written")
+    code = command_line.FAILED if options.check and stale else command_line.DONE
+    return command_line.Answer({key: stale}, "\n".join(f"{path}: {told}" for path in stale), code)
 
 
 if __name__ == "__main__":

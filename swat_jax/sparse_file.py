@@ -79,15 +79,36 @@ def write(
       The size of the file in bytes.
 
     Raises:
-      UsageError: an array, a name or facts that a file cannot hold; or a number that is too large
-        or too small for the type of values.
+      UsageError: see `encode`.
       OSError: it cannot be written; what was there stays.
 
     Example:
       >>> w = np.array([[0, 1.5], [0, 0]], np.float32)
-      >>> size = write(Path("w.safetensors"), {"w": w}, sparse=["w"])  # doctest: +SKIP
-      >>> read(Path("w.safetensors")).arrays["w"][0, 1]  # doctest: +SKIP
+      >>> size = write(Path("w.safetensors"), {"w": w}, sparse=["w"])
+      >>> read(Path("w.safetensors")).arrays["w"][0, 1]
       np.float32(1.5)
+    """
+    data = encode(arrays, sparse=sparse, facts=facts, values=values)
+    replace_bytes(path, data)
+    return len(data)
+
+
+def encode(
+    arrays: Mapping[str, np.ndarray],
+    *,
+    sparse: Collection[str] = (),
+    facts: Mapping[str, Any] | None = None,
+    values: str | None = None,
+) -> bytes:
+    """The contents of the file that `write` writes; takes the same.
+
+    Raises:
+      UsageError: an array, a name or facts that a file cannot hold; or a number that is too large
+        or too small for the type of values.
+
+    Example:
+      >>> len(encode({"w": np.zeros(800, np.float32)}, sparse=["w"])) < 600
+      True
     """
     if values is not None and values not in _FLOATS:
         raise UsageError(f"values must be None or one of {', '.join(_FLOATS)}, got {values!r}")
@@ -127,9 +148,7 @@ def write(
         raise UsageError(f"facts must be what JSON can hold: {error}") from error
     metadata = {"format": FORMAT, "sparse": json.dumps(shapes, sort_keys=True), "facts": told}
     metadata["sha256"] = _digest(tensors, metadata)
-    data = safetensors.numpy.save(tensors, metadata)
-    replace_bytes(path, data)
-    return len(data)
+    return safetensors.numpy.save(tensors, metadata)
 
 
 def read(path: Path) -> SparseFile:

@@ -70,7 +70,10 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
     Example:
       >>> from swat_jax import config_file
       >>> config = config_file.load("configs/digits.py:u90")
-      >>> result = train_and_evaluate(config, "/tmp/digits")  # doctest: +SKIP
+      >>> config.max_steps = 2
+      >>> result = train_and_evaluate(config, "run")
+      >>> result["steps"]
+      2
     """
     started = time.monotonic()
     _check(config)

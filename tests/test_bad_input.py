@@ -44,7 +44,7 @@ WRONG_CONFIG = {
     "model.dropout_rate=0.5": ["config.model.dropout_rate", "resnet8 has no dropout", "unset"],
     "model.name=resnet9": ["config.model.name", "'resnet9'", "known: resnet8, vgg11"],
     "model.name=wrn16_8 model.dropout_rate=1": ["config.model.dropout_rate", "1.0", "[0, 1)"],
-    "nosuch=1": ["--config.nosuch", "no key 'nosuch'", "it has: batch_size"],
+    "nosuch=1": ["unknown key config.nosuch", "config has: batch_size"],
     "optimizer.learning_rate=-1": ["config.optimizer.learning_rate", "-1.0", "above 0"],
     "optimizer.learning_rate=nan": ["config.optimizer.learning_rate", "nan", "above 0"],
     "optimizer.momentum=0 optimizer.nesterov=True": ["config.optimizer.nesterov", "momentum"],
@@ -108,7 +108,7 @@ def refusal(capsys, tmp_path, monkeypatch):
 
     def run(*arguments, code=2, says=()):
         before = contents(tmp_path)
-        returned = main.main(["main", *map(str, arguments)])
+        returned = main.main(list(map(str, arguments)))
         output, errors = capsys.readouterr()
         assert returned == code, errors
         assert output == ""
@@ -253,7 +253,7 @@ def test_an_unreadable_image_among_good_ones(on_device, tmp_path, capsys):
     bad.write_bytes(good[:20])
     code = main.main(
         [
-            *("main", DIGITS, f"--workdir={tmp_path / 'run'}", "--config.devices=1"),
+            *(DIGITS, f"--workdir={tmp_path / 'run'}", "--config.devices=1"),
             *("--config.data.source=folder", f"--config.data.data_dir={tmp_path / 'set'}"),
             *("--config.data.mean=(0.5,0.5,0.5)", "--config.data.std=(0.2,0.2,0.2)"),
             *("--config.batch_size=8", f"--config.data.on_device={on_device}"),
@@ -400,7 +400,7 @@ def test_damaged_checkpoint(damage, run, refusal):
 
 def stopped(capsys, *arguments):
     """Runs a command that stops while it trains; returns the error."""
-    code = main.main(["main", *SAME, *map(str, arguments)])
+    code = main.main([*SAME, *map(str, arguments)])
     output, errors = capsys.readouterr()
     assert (code, output) == (1, "")
     *progress, last = errors.splitlines()

@@ -24,6 +24,8 @@ from swat_jax.models.layer_types import LayerTypes
 from swat_jax.models.resnet import BasicBlock, ResNet
 from swat_jax.sparsity import top_k
 
+pytestmark = pytest.mark.newest
+
 
 def build(name):
     facts = {
@@ -107,6 +109,28 @@ def test_naive_and_blocks_are_set_apart_only_inside(load):
         assert BasicBlock.__call__ is not block
     assert top_k.threshold is before
     assert BasicBlock.__call__ is block
+
+
+@pytest.mark.parametrize("method", ["u90, own model", "dense, own model"])
+def test_a_users_own_model_is_trained_by_the_same_steps(load, monkeypatch, method):
+    steps, one = load("training_step"), load("methods").OWN_MODEL[method]
+    monkeypatch.setattr(steps.stock_model, "SIZES", (1, 1))
+    monkeypatch.setattr(steps.stock_model, "WIDTH", 4)
+    before = step.build.build
+    settings = {"sparsity.pack": True}
+    with steps.apart(one):
+        found = steps.make("imagenet_resnet50", one.name, 1, settings=settings, only_compile=True)
+    assert found.temporary_bytes > 0
+    assert step.build.build is before
+    table = load("own_model").compared(
+        [
+            {"method": one.name, "ms": 10.0, "peak_mib": 100.0},
+            {"method": method, "ms": 10.4, "peak_mib": 107.0},
+        ]
+    )
+    assert table == [
+        f"{method}: 1.040 of the time and 1.070 of the memory of {one.name}, NOT within 1.05"
+    ]
 
 
 PROGRAM = """\

@@ -4,7 +4,6 @@ import sys
 from typing import Any
 
 import pytest
-from absl import flags
 
 from swat_jax import config_file, recipe
 from swat_jax.errors import UsageError
@@ -13,7 +12,7 @@ DIGITS = "configs/digits.py"
 
 
 def parse(*arguments) -> Any:
-    return config_file.parse_flags(flags.FlagValues(), ["program", *arguments])
+    return config_file.Parser("A program.").parse_args(arguments).config
 
 
 def test_without_config():
@@ -41,13 +40,10 @@ def test_overrides_of_every_kind():
 
 
 def test_other_flags_of_the_program():
-    values = flags.FlagValues()
-    flags.DEFINE_string("workdir", None, "", flag_values=values)
-    config = config_file.parse_flags(
-        values, ["program", "--workdir=w", f"--config={DIGITS}", "--config.seed=4"]
-    )
-    assert config is not None
-    assert (values["workdir"].value, config.seed) == ("w", 4)
+    parser = config_file.Parser("A program.")
+    parser.add_argument("--workdir")
+    options = parser.parse_args(["--workdir=w", f"--config={DIGITS}", "--config.seed=4"])
+    assert (options.workdir, options.config.seed) == ("w", 4)
 
 
 def test_imagenet_period_and_learning_rate_follow_the_batch_size():
@@ -74,7 +70,21 @@ def test_imagenet_period_and_learning_rate_follow_the_batch_size():
         (["--config", "--config.seed=1"], "needs a file"),
         ([f"--config={DIGITS}:u90x"], "'u90x', allowed"),
         ([f"--config={DIGITS}:"], "'', allowed"),
-        ([f"--config={DIGITS}", "--config.sparsity.wieght=1"], "no key 'wieght'; it has: act"),
+        (
+            [f"--config={DIGITS}", "--config.sparsity.wieght=1"],
+            r"wieght; did you mean config\.sparsity\.weight\?$",
+        ),
+        ([f"--config={DIGITS}", "--config.sparsity.zzz=1"], "key config.sparsity.zzz; .* has: act"),
+        (
+            [f"--config={DIGITS}", "--config.optimiser.lr=1"],
+            r"^unknown key config\.optimiser; did you mean config\.optimizer\?$",
+        ),
+        ([f"--config={DIGITS}", "--noconfig.on_device"], r"mean config\.data\.on_device\?"),
+        ([f"--config={DIGITS}", "--config.lr=1"], "unknown key config.lr; config has: batch_size,"),
+        (["--confg=x.py"], r"unknown flag --confg; did you mean --config\?$"),
+        (["--config=configs/digit.py"], r"'; did you mean configs/digits\.py\?; --list prints"),
+        (["--config=elsewhere/cifar10_resnet81.py"], "mean configs/cifar10_resnet18.py or "),
+        (["--config=configs/imagenet_resnet50.py:u9O"], r"did you mean u90\?$"),
         ([f"--config={DIGITS}", "--config.seed.x=1"], "config.seed is a value"),
         ([f"--config={DIGITS}", "--config.seed=x"], "--config.seed=x: invalid literal"),
         ([f"--config={DIGITS}", "--config.seed"], "seed"),
@@ -82,7 +92,8 @@ def test_imagenet_period_and_learning_rate_follow_the_batch_size():
         ([f"--config={DIGITS}", "--config.data.on_device=perhaps"], "on_device"),
         ([f"--config={DIGITS}", "--wrkdir=w"], "wrkdir"),
         ([f"--config={DIGITS}", "u90"], "unexpected argument 'u90'"),
-        (["--config.seed=1"], "config.seed"),
+        ([f"--config={DIGITS}", "-x"], "unknown flag --x"),
+        (["--config.seed=1"], "--config.seed: --config is missing"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments, message):

@@ -245,7 +245,7 @@ def test_a_run_scores_the_same_from_its_file(run, capsys):
     found = evaluate.evaluate(weights, config)
     assert found["accuracy"] == result["pruned_test_accuracy"]
     assert found["top5_accuracy"] == result["pruned_test_top5_accuracy"]
-    assert evaluate.main(["evaluate", f"--weights={weights}", "--json", *FLAGS]) == 0
+    assert evaluate.main([f"--weights={weights}", "--json", *FLAGS]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == result["pruned_test_accuracy"]
     facts = sparse_file.read(weights).facts
     assert facts["pruned_test_accuracy"] == result["pruned_test_accuracy"]
@@ -262,11 +262,34 @@ def test_values_are_rounded_where_the_file_would_be_too_large(run, capsys):
         assert export.main([str(folder / "run"), str(small), f"--most_mib={most}"]) == 0
         assert capsys.readouterr().out.endswith(f"MiB{expected}\n")
         assert (small.stat().st_size < whole) == bool(expected)
+    before = small.read_bytes()
     assert export.main([str(folder / "run"), str(small), "--most_mib=0.01"]) == 2
     assert "--most_mib 0.01 cannot be met" in capsys.readouterr().err
+    assert small.read_bytes() == before
+    assert [path.name for path in small.parent.glob("*.part")] == []
     assert evaluate.evaluate(small, config)["accuracy"] == pytest.approx(
         result["pruned_test_accuracy"], abs=0.02
     )
+
+
+def test_a_file_can_be_written_anew(run, tmp_path, capsys):
+    """What comes out is that of the run, rounded: by NumPy, to the nearest, ties to even."""
+    folder, _, _ = run
+    source, small = folder / "pruned.safetensors", tmp_path / "small.safetensors"
+    assert export.main([str(source), str(small), "--values=bfloat16", "--json"]) == 0
+    size = small.stat().st_size
+    told = {"file": str(small), "bytes": size, "values": "bfloat16"}
+    assert json.loads(capsys.readouterr().out) == told
+    before, after = (sparse_file.read(path) for path in (source, small))
+    assert (after.sparse, after.facts) == (before.sparse, before.facts)
+    for name, array in before.arrays.items():
+        bits = array.view(np.uint32).astype(np.uint64)
+        if name in before.sparse:
+            bits = (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000
+        np.testing.assert_array_equal(after.arrays[name].view(np.uint32), bits)
+    assert size < 0.75 * source.stat().st_size
+    assert export.main([str(source), str(tmp_path / "no" / "folder")]) == 2
+    assert "cannot be written: No such file or directory" in capsys.readouterr().err
 
 
 def test_predictions_are_those_of_the_network(run, tmp_path, capsys):
@@ -314,9 +337,9 @@ def test_what_is_asked_for_must_be_there(run, tmp_path, capsys):
     other = f"--weights={tmp_path / 'other.safetensors'}"
     for call, told in (
         (lambda: export.main([str(tmp_path), "out"]), "must be the workdir of a run that is done"),
-        (lambda: evaluate.main(["e", *FLAGS]), "--weights is missing"),
-        (lambda: evaluate.main(["e", f"--weights={weights}"]), "--config is missing"),
-        (lambda: evaluate.main(["e", other, *FLAGS]), "is of another network: it lacks"),
+        (lambda: evaluate.main([*FLAGS]), "--weights is missing"),
+        (lambda: evaluate.main([f"--weights={weights}"]), "--config is missing"),
+        (lambda: evaluate.main([other, *FLAGS]), "is of another network: it lacks"),
         (lambda: predict.main([other, "x.png"]), "does not say of which network it is"),
         (lambda: predict.main(["--weights", weights, str(tmp_path / "x.png")]), "cannot be read"),
         (

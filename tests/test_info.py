@@ -20,7 +20,7 @@ def quick_tests(monkeypatch):
 
 
 def test_json(capsys):
-    assert info.main(["info", "--json"]) == 0
+    assert info.main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found.keys() == {
         *("versions", "devices", "driver", "library", "backend", "backend_reason", "self_tests")
@@ -35,7 +35,7 @@ def test_json(capsys):
 def test_text(capsys, monkeypatch):
     status = native.Status(True, "it is loaded", None, {"cuda": "13.0", "architectures": "90a"})
     monkeypatch.setattr(native, "load", lambda: status)
-    assert info.main(["info"]) == 0
+    assert info.main([]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["python", *info.PACKAGES]
     assert "kernels    it is loaded (CUDA 13.0, for 90a)" in lines
@@ -44,13 +44,13 @@ def test_text(capsys, monkeypatch):
 
 def test_an_op_that_differs(capsys, quick_tests):
     quick_tests["second"] = lambda: "differs at 3"
-    assert info.main(["info"]) == 1
+    assert info.main([]) == 1
     assert "self-test  second differs at 3" in capsys.readouterr().out
 
 
 def test_an_op_that_fails_does_not_end_the_others(capsys, quick_tests):
     quick_tests["first"] = boom
-    assert info.main(["info"]) == 1
+    assert info.main([]) == 1
     assert capsys.readouterr().out.splitlines()[-2:] == [
         "self-test  first  RuntimeError: no such kernel",
         "self-test  second ok",
@@ -78,7 +78,7 @@ def test_a_wrong_environment(variable, monkeypatch, capsys):
     # A library that this process has registered stays, whatever the variable says later.
     monkeypatch.setattr(native, "_registered", None)
     monkeypatch.setenv(variable, "nowhere")
-    assert info.main(["info"]) == 2
+    assert info.main([]) == 2
     output, errors = capsys.readouterr()
     assert output == ""
     assert errors.startswith(f"error: {variable} ")
@@ -87,6 +87,5 @@ def test_a_wrong_environment(variable, monkeypatch, capsys):
 
 
 def test_a_wrong_flag(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        info.main(["info", "--nosuch"])
+    assert info.main(["--nosuch"]) == 2
     assert "--nosuch" in capsys.readouterr().err

@@ -10,6 +10,8 @@ from swat_jax import checkpoint, train
 from swat_jax.errors import RunError, UsageError
 from tests.runs import assert_same_bits, digits, final_arrays, newest_step
 
+pytestmark = pytest.mark.newest
+
 
 def lines(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

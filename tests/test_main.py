@@ -7,13 +7,13 @@ import pytest
 from swat_jax import main
 
 RUN = (
-    *("main", "--config=configs/digits.py:u90", "--config.max_steps=22", "--config.devices=1"),
+    *("--config=configs/digits.py:u90", "--config.max_steps=22", "--config.devices=1"),
     "--config.eval.batch_size=180",
 )
 
 
 def test_help(capsys):
-    assert main.main(["main", "--help"]) == 0
+    assert main.main(["--help"]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""
     for part in ("--config FILE[:METHOD]", "--workdir", "--list", "--distributed", "Exit code"):
@@ -21,7 +21,7 @@ def test_help(capsys):
 
 
 def test_list(capsys):
-    assert main.main(["main", "--list"]) == 0
+    assert main.main(["--list"]) == 0
     output, errors = capsys.readouterr()
     assert errors == ""
     heading, *rows = output.splitlines()
@@ -30,7 +30,7 @@ def test_list(capsys):
 
 
 def test_list_as_json(capsys):
-    assert main.main(["main", "--list", "--json"]) == 0
+    assert main.main(["--list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert all({"config", "dataset", "network", "method"} <= row.keys() for row in rows)
     found = {(row["dataset"], row["network"], row["method"]) for row in rows}
@@ -68,6 +68,15 @@ def test_a_run_prints_its_tables_and_the_same_command_scores_it_again(workdir, c
     assert {name: (workdir / name).read_bytes() for name in files} == files
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["22"]
     assert repeated == output
+
+
+def test_a_run_as_json_and_in_silence(workdir, capsys):
+    assert main.main([*RUN, f"--workdir={workdir}", "--json"]) == 0
+    output, errors = capsys.readouterr()
+    assert json.loads(output) == json.loads((workdir / "result.json").read_text())
+    assert "resumed at step 22" in errors
+    assert main.main([*RUN, f"--workdir={workdir}", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_a_flag_made_of_the_method_is_in_the_heading(tmp_path, capsys):

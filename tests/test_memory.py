@@ -18,6 +18,8 @@ from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.models.layer_types import LayerTypes
 from swat_jax.norm_relu import BatchNormRelu, NormRelu
 
+pytestmark = pytest.mark.newest
+
 MIB = 2**20
 BATCH = 3
 
@@ -83,7 +85,7 @@ def test_swat_by_hand():
     assert type(model.stem_norm) is BatchNormRelu
 
 
-def residuals(model, shape, dtype):
+def residuals(model, shape, dtype, call=lambda model, x: model(x)):
     """What `jax.vjp` saves of a forward pass, without parameters and state, which exist anyway.
 
     Constants that fill an array (what dropout divides by) are not counted: XLA makes them anew.
@@ -94,7 +96,7 @@ def residuals(model, shape, dtype):
         def forward(params):
             model = nnx.merge(graph, params, rest, copy=True)
             model.train()
-            return model(x)
+            return call(model, x)
 
         return jax.tree.leaves(jax.vjp(forward, params)[1])
 

@@ -149,7 +149,7 @@ def test_full_disk_is_one_line_and_spares_the_old_file(tmp_path, monkeypatch):
     write_json(path, {"old": 1})
     writer = MetricsWriter(tmp_path)
     writer.write(1, {"loss": 1.0})
-    monkeypatch.setattr(metrics.os, "fsync", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
     for action in (lambda: write_json(path, {"new": 2}), lambda: writer.truncate(0)):
         with pytest.raises(RunError, match=r"cannot write .*: No space left on device; make room"):
             action()
@@ -175,6 +175,7 @@ class Clock:
 
 def test_plain_progress_is_rate_limited(tmp_path, monkeypatch):
     """The rate is what the loop says; the time that is left goes by the clock."""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # makes no terminal of a file
     clock = Clock(monkeypatch)
     with (
         (tmp_path / "log").open("w") as stream,

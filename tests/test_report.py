@@ -10,6 +10,8 @@ import pytest
 from swat_jax import report
 from swat_jax.errors import UsageError
 
+pytestmark = pytest.mark.newest
+
 CONFIG = {"epochs": 3, "precision": "bfloat16", "sparsity": {"distribution": "uniform"}}
 MOMENTUM = {**CONFIG, "sparsity": {"distribution": "momentum"}}
 
@@ -80,14 +82,19 @@ def test_every_row_of_the_table_is_there_run_or_not(results, tmp_path):
     assert all(f"]({name})" in page for name in pictures)
 
 
-def test_the_same_figures_make_the_same_files_and_a_check_says_so(results, tmp_path):
+def test_the_same_figures_make_the_same_files_and_a_check_says_so(results, tmp_path, capsys):
     folder, page = results(run()), tmp_path / "page.md"
     assert report.write(folder, page, check=True)
     assert not page.exists()
     report.write(folder, page)
     assert report.write(folder, page, check=True) == []
+    command = [str(folder), f"--output={page}", "--check", "--json"]
+    assert report.main(command) == 0
+    assert json.loads(capsys.readouterr().out) == {"stale": []}
     results(run(accuracy=0.5))
     assert page in report.write(folder, page, check=True)
+    assert report.main(command) == 1
+    assert str(page) in json.loads(capsys.readouterr().out)["stale"]
 
 
 def test_other_settings_are_no_row(results, tmp_path):

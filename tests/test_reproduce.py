@@ -12,6 +12,8 @@ import pytest
 
 from swat_jax import export, sparse_file
 
+pytestmark = pytest.mark.newest
+
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPT = ROOT / "benchmarks" / "reproduce.py"
 NAME = "cifar10_resnet18_u90_small_seed3"

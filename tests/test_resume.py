@@ -27,7 +27,9 @@ RUNS = {"stream": ("u90", STREAM), "momentum": ("m90", OFTEN_SAVED | {"devices":
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-@pytest.fixture(scope="module", params=RUNS)
+@pytest.fixture(
+    scope="module", params=["stream", pytest.param("momentum", marks=pytest.mark.newest)]
+)
 def run(request, tmp_path_factory):
     """Flags, and the workdir and result of the run that never was killed."""
     method, changes = RUNS[request.param]

@@ -19,9 +19,10 @@ def load(config: Any, *, process_index: int = 0, process_count: int = 1) -> Data
       UsageError: a value that is not allowed, or data that are missing or broken.
 
     Example:
-      >>> dataset = load(config)
-      >>> for batch in dataset.train(epoch=0):
-      ...     batch["image"].shape
+      >>> from swat_jax import config_file
+      >>> dataset = load(config_file.load("configs/digits.py"))
+      >>> next(iter(dataset.train(epoch=0)))["image"].shape
+      (64, 8, 8, 1)
     """
     settings = data_settings.read(config, process_index, process_count)
     # Only the source that is used is imported: some of them take seconds to import.

@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 from flax.typing import Dtype
 
-from swat_jax.errors import UsageError
+from swat_jax.errors import UsageError, did_you_mean
 from swat_jax.models import init
 from swat_jax.models.densenet import DenseNet
 from swat_jax.models.layer_factory import LayerFactory
@@ -101,7 +101,9 @@ def check(name: str, dropout_rate: float | None = None) -> None:
       UsageError: unknown name; a rate out of range; dropout for a network that has none.
     """
     if name not in _NETWORKS:
-        raise UsageError(f"config.model.name: no network {name!r}; known: {', '.join(_NETWORKS)}")
+        near = did_you_mean(name, _NETWORKS.keys())
+        known = ", ".join(_NETWORKS)
+        raise UsageError(f"config.model.name: no network {name!r}; known: {known}{near}")
     if _NETWORKS[name].dropout_rate is None:
         if dropout_rate:
             raise UsageError(

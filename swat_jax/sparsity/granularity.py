@@ -121,3 +121,30 @@ def masked_weights(kernel: jax.Array, granularity: str, threshold: jax.Array | f
     """``kernel`` on its mask, 0 elsewhere."""
     keep = weight_mask(kernel, granularity, threshold)
     return jnp.where(keep, kernel, jnp.zeros((), kernel.dtype))
+
+
+def pruned(kernel: jax.Array, shape: Shape, granularity: str, keep: top_k.Count) -> jax.Array:
+    """``kernel`` with zeros off its exact mask.
+
+    Args:
+      kernel: of one layer, or of a stack of them along leading axes; each has a mask of its own.
+      shape: of the kernel of one layer.
+      granularity: a name from `names`.
+      keep: how many units of one layer are kept.
+
+    Raises:
+      UsageError: the kernels of a stack lie along other axes.
+    """
+    stack = kernel.ndim - len(shape)
+    if kernel.shape[stack:] != tuple(shape):
+        raise UsageError(
+            f"a stack of kernels {tuple(shape)} must have its axes first to be pruned, got "
+            f"{kernel.shape}"
+        )
+
+    def one(kernel: jax.Array) -> jax.Array:
+        return masked_weights(kernel, granularity, weight_threshold(kernel, granularity, keep))
+
+    for _ in range(stack):
+        one = jax.vmap(one)
+    return one(kernel)

@@ -319,8 +319,13 @@ class TestCommandLine:
         assert error.count("\n") == 1
         assert program.main([*arguments, "--no-verify"]) == 0
         assert f"--config.data.data_dir={tmp_path}" in capsys.readouterr().out
-        assert program.main(arguments) == 0  # there already
-        assert "is there already" in capsys.readouterr().err
+        assert program.main([*arguments, "--json"]) == 0  # there already
+        output, errors = capsys.readouterr()
+        assert json.loads(output) == {
+            "path": str(directory.existing("cifar10", tmp_path)),
+            "data_dir": str(tmp_path),
+        }
+        assert "is there already" in errors
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -338,9 +343,7 @@ class TestCommandLine:
         assert message in capsys.readouterr().err
 
     def test_unknown_set(self, capsys):
-        with pytest.raises(SystemExit) as caught:
-            program.main(["mnist"])
-        assert caught.value.code == 2
+        assert program.main(["mnist"]) == 2
         assert "cifar10" in capsys.readouterr().err
 
     @pytest.mark.skipif(

@@ -1,46 +1,49 @@
-"""Turns an official archive into a standard TFDS directory.
+r"""Turns an official archive into a standard TFDS directory.
 
-    python -m swat_jax.data.prepare cifar10
-    python -m swat_jax.data.prepare imagenet2012 --archive FOLDER_WITH_BOTH_TAR_FILES
+Examples:
+  python -m swat_jax.data.prepare cifar10
+  python -m swat_jax.data.prepare cifar100 --archive cifar-100-binary.tar.gz
+  python -m swat_jax.data.prepare imagenet2012 --archive FOLDER --data_dir DATA
 
-The result is what `tfds.data_source(NAME, data_dir=..., download=False)` reads, in array_record
-files. TensorFlow is not needed.
+  NAME              cifar10, cifar100 or imagenet2012
+  --data_dir DATA   where TFDS directories are (~/tensorflow_datasets)
+  --archive PATH    the official archive, without which CIFAR is downloaded; of
+                    ImageNet the folder with both tar files, or the flag twice
+  --no-verify       take an archive of another checksum or size
+
+tfds.data_source(NAME, data_dir=DATA, download=False) reads what comes out.
 """
 
-import argparse
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
+from swat_jax import command_line
 from swat_jax.data import prepare
 from swat_jax.data.prepare import cifar, directory, download, imagenet
-from swat_jax.errors import RunError, UsageError
-
-DEFAULT_DATA_DIR = "~/tensorflow_datasets"
+from swat_jax.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 (it failed) or 2 (wrong use).
+    """The command line; returns the exit code."""
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("name", choices=prepare.DATASETS, metavar="NAME")
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
+    parser.add_argument("--archive", action="append", default=[])
+    parser.add_argument("--no-verify", dest="verify", action="store_false")
+    return command_line.run(parser, _prepare, argv)
 
-    Args:
-      argv: arguments; None: those of the process.
-    """
-    flags = _parser().parse_args(argv)
-    try:
-        path = run(
-            flags.name,
-            pathlib.Path(flags.data_dir).expanduser(),
-            [pathlib.Path(path).expanduser() for path in flags.archive],
-            verify=flags.verify,
-        )
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{path}\ntrain with: --config.data.data_dir={flags.data_dir}")
-    return 0
+
+def _prepare(options: Any) -> command_line.Answer:
+    path = run(
+        options.name,
+        pathlib.Path(options.data_dir).expanduser(),
+        [pathlib.Path(path).expanduser() for path in options.archive],
+        verify=options.verify,
+    )
+    text = f"{path}\ntrain with: --config.data.data_dir={options.data_dir}"
+    return command_line.Answer({"path": str(path), "data_dir": options.data_dir}, text)
 
 
 def run(
@@ -80,33 +83,6 @@ def run(
         if verify:
             download.verify(archive, official)
     return cifar.prepare(name, data_dir, archive, complete=verify)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m swat_jax.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("name", choices=prepare.DATASETS, help="TFDS name of the data set")
-    parser.add_argument(
-        "--data_dir", default=DEFAULT_DATA_DIR, help="where TFDS directories are (%(default)s)"
-    )
-    parser.add_argument(
-        "--archive",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="the official archive; without it CIFAR is downloaded. ImageNet: the folder with both "
-        "tar files, or the flag twice",
-    )
-    parser.add_argument(
-        "--no-verify",
-        dest="verify",
-        action="store_false",
-        help="take an archive of another checksum or size",
-    )
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,15 +1,4 @@
-"""SWAT layers for Flax Linen: `SwatConv` and `SwatDense`, twins of those in `swat_jax.layers`.
-
-They take the fields of `flax.linen.Conv` and `flax.linen.Dense` plus the sparse ones, and have
-the same parameters. With ``threshold_every_steps > 1`` the thresholds are variables of the
-collection ``thresholds``, which a training step must declare mutable::
-
-    y, updates = model.apply(variables, x, mutable=["thresholds"])
-
-As in `flax.linen.Dropout`, ``deterministic`` (a field, or an argument of the call) chooses between
-training (False, the default) and evaluation, where activations are dense, masks exact, and no
-variable changes.
-"""
+"""`SwatConv` and `SwatDense` for Flax Linen, twins of the layers in `swat_jax.layers`."""
 
 from __future__ import annotations
 
@@ -28,6 +17,7 @@ from swat_jax.errors import UsageError
 from swat_jax.functional import swat_conv, swat_linear
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import thresholds, top_k
+from swat_jax.sparsity.per_layer import LayerSparsity
 
 
 class SwatConv(nn.Conv):
@@ -59,39 +49,8 @@ class SwatConv(nn.Conv):
     def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Applies the convolution; see `flax.linen.Conv`."""
         _refuse(self, "conv_general_dilated", "conv_general_dilated_cls")
-        select = functools.partial(
-            _selection, self, granularity=self.granularity, deterministic=deterministic
-        )
-
-        def product(
-            lhs: jax.Array,
-            rhs: jax.Array,
-            window_strides: Any,
-            padding: Any,
-            *,
-            lhs_dilation: Any,
-            rhs_dilation: Any,
-            dimension_numbers: Any,
-            feature_group_count: int,
-            precision: Any,
-            **rest: Any,
-        ) -> jax.Array:
-            del dimension_numbers  # always channels last
-            return swat_conv(
-                lhs,
-                rhs,
-                strides=window_strides,
-                padding=padding,
-                input_dilation=lhs_dilation,
-                kernel_dilation=rhs_dilation,
-                feature_group_count=feature_group_count,
-                granularity=self.granularity,
-                precision=precision,
-                **rest,
-                **select(lhs, rhs),
-            )
-
-        stock = nn.Conv(**_stock_fields(self, nn.Conv, conv_general_dilated=product))
+        own = product(self, _settings(self), _chosen(self, deterministic))
+        stock = nn.Conv(**_stock_fields(self, nn.Conv, conv_general_dilated=own))
         nn.share_scope(self, stock)
         return stock(inputs)
 
@@ -117,42 +76,95 @@ class SwatDense(nn.Dense):
     def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Applies the linear map; see `flax.linen.Dense`."""
         _refuse(self, "dot_general", "dot_general_cls")
-        select = functools.partial(_selection, self, deterministic=deterministic)
-
-        def product(
-            lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any, **rest: Any
-        ) -> jax.Array:
-            del dimension_numbers  # always over the last axis of the input
-            return swat_linear(lhs, rhs, precision=precision, **rest, **select(lhs, rhs))
-
-        stock = nn.Dense(**_stock_fields(self, nn.Dense, dot_general=product))
+        own = product(self, _settings(self), _chosen(self, deterministic))
+        stock = nn.Dense(**_stock_fields(self, nn.Dense, dot_general=own))
         nn.share_scope(self, stock)
         return stock(inputs)
 
 
+def product(
+    layer: nn.Module, settings: LayerSparsity, deterministic: bool
+) -> Callable[..., jax.Array]:
+    """What a stock layer calls for its product in place of that of `jax.lax`.
+
+    Args:
+      layer: an `nn.Conv` or `nn.Dense` inside its call; thresholds become its variables.
+      settings: how sparse it is.
+      deterministic: whether this is evaluation.
+    """
+    select = functools.partial(_selection, layer, settings, deterministic)
+
+    def conv(
+        lhs: jax.Array,
+        rhs: jax.Array,
+        window_strides: Any,
+        padding: Any,
+        *,
+        lhs_dilation: Any,
+        rhs_dilation: Any,
+        dimension_numbers: Any,
+        feature_group_count: int,
+        precision: Any,
+        **rest: Any,
+    ) -> jax.Array:
+        del dimension_numbers  # always channels last
+        return swat_conv(
+            lhs,
+            rhs,
+            strides=window_strides,
+            padding=padding,
+            input_dilation=lhs_dilation,
+            kernel_dilation=rhs_dilation,
+            feature_group_count=feature_group_count,
+            granularity=settings.granularity,
+            precision=precision,
+            **rest,
+            **select(lhs, rhs),
+        )
+
+    def dot(
+        lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any, **rest: Any
+    ) -> jax.Array:
+        del dimension_numbers  # always over the last axis of the input
+        return swat_linear(lhs, rhs, precision=precision, **rest, **select(lhs, rhs))
+
+    return conv if isinstance(layer, nn.Conv) else dot
+
+
+def _settings(layer: SwatConv | SwatDense) -> LayerSparsity:
+    weight, activation = layer.weight_sparsity, layer.activation_sparsity
+    return LayerSparsity(
+        weight_sparsity=weight,
+        activation_sparsity=weight if activation is None else activation,
+        granularity=getattr(layer, "granularity", "unstructured"),
+        threshold_every_steps=getattr(layer, "threshold_every_steps", 1),
+    )
+
+
+def _chosen(layer: SwatConv | SwatDense, deterministic: bool | None) -> bool:
+    """A call may leave the choice to the field, which is never unset."""
+    return layer.deterministic if deterministic is None else deterministic
+
+
 def _selection(
-    layer: SwatConv | SwatDense,
+    layer: nn.Module,
+    settings: LayerSparsity,
+    deterministic: bool,
     x: jax.Array,
     kernel: jax.Array,
-    *,
-    granularity: str = "unstructured",
-    deterministic: bool | None = None,
 ) -> dict[str, Any]:
     """The arguments that say to `functional` what is kept, after a refresh if one is due."""
-    activation_sparsity = layer.activation_sparsity
-    if activation_sparsity is None:
-        activation_sparsity = layer.weight_sparsity
-    units = granularities.units(kernel.shape, granularity)
-    weight_keep = top_k.keep_count(layer.weight_sparsity, units, argument="weight_sparsity")
+    units = granularities.units(kernel.shape, settings.granularity)
+    weight_keep = top_k.keep_count(settings.weight_sparsity, units, argument="weight_sparsity")
+    activation_sparsity = settings.activation_sparsity
     activation_keep = top_k.keep_count(activation_sparsity, x.size, argument="activation_sparsity")
-    period = thresholds.check_period(getattr(layer, "threshold_every_steps", 1))
-    # A call may leave the choice to the field, which is never unset.
-    evaluating = layer.deterministic if deterministic is None else deterministic
+    period = thresholds.check_period(settings.threshold_every_steps)
     sparsities: dict[str, Any] = {
-        "weight_sparsity": layer.weight_sparsity,
-        "activation_sparsity": 0.0 if evaluating else activation_sparsity,
+        "weight_sparsity": settings.weight_sparsity,
+        "activation_sparsity": 0.0 if deterministic else activation_sparsity,
     }
-    if evaluating or period == 1:
+    # Linear layers are cheap: exact at every step.
+    if deterministic or period == 1 or isinstance(layer, nn.Dense):
         return sparsities
     age = layer.variable("thresholds", "age", jnp.zeros, (), jnp.int32)
     due = age.value == 0
@@ -167,7 +179,7 @@ def _selection(
         return limit
 
     # Masks of whole channels or filters are cheap: exact at every step.
-    if layer.weight_sparsity > 0 and granularity == "unstructured":
+    if settings.weight_sparsity > 0 and settings.granularity == "unstructured":
         sparsities["weight_threshold"] = reuse(
             "weight", lambda: kernels.threshold(kernel, weight_keep)
         )
@@ -185,11 +197,11 @@ def _stock_fields(layer: nn.Module, stock: type[nn.Module], **own: Any) -> dict[
     names = {field.name for field in dataclasses.fields(stock) if field.init}
     fields = {name: getattr(layer, name) for name in names - {"parent", "name"}}
     if fields["promote_dtype"] is promote_dtype:
-        fields["promote_dtype"] = _keep_kernel_dtype
+        fields["promote_dtype"] = keep_kernel_dtype
     return fields | own
 
 
-def _keep_kernel_dtype(
+def keep_kernel_dtype(
     inputs: jax.Array, kernel: jax.Array, bias: jax.Array | None, *, dtype: Any = None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Stock type promotion but for the kernel: the mask is taken from the master weights."""
