@@ -1,10 +1,11 @@
 """The ops that have a hand-written GPU kernel; the only door to them.
 
 Each op is defined by its jax.numpy twin (`swat_jax.sparsity.top_k`, `swat_jax.sparsity.packing`,
-`swat_jax.batch_norm`, `swat_jax.max_pool`, `swat_jax.sparse_convolution`). The backend "xla" is
-the twin itself, compiled by XLA, and runs everywhere. The backend "cuda" calls the kernels of
-`ops/` on NVIDIA GPUs, and the twin on other devices and for float64. With it goes "fold", which is
-no kernel but another way to ask cuDNN for one of its own (`swat_jax.convolution`).
+`swat_jax.batch_norm`, `swat_jax.max_pool`, `swat_jax.sparse_convolution`,
+`swat_jax.vector_convolution`). The backend "xla" is the twin itself, compiled by XLA, and runs
+everywhere. The backend "cuda" calls the kernels of `ops/` on NVIDIA GPUs, and the twin on other
+devices and for float64. With it goes "fold", which is no kernel but another way to ask cuDNN for
+one of its own (`swat_jax.convolution`).
 
 Environment:
   SWAT_JAX_BACKEND: ``cuda`` or ``xla``; by default ``cuda`` where there is a GPU and the library.
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from swat_jax import batch_norm, dropout_bits, native, sparse_convolution
+from swat_jax import batch_norm, dropout_bits, native, sparse_convolution, vector_convolution
 from swat_jax.batch_norm import Vectors
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
@@ -624,6 +625,88 @@ def sparse_conv_weight_gradient(
     if not _has_kernel("sparse_conv", packed.dtype):
         return twin(packed, limit, dy)
     return _choose(call, twin, packed, limit, dy)
+
+
+def sparse_conv_vector_forward(
+    x: jax.Array,
+    kernel: jax.Array,
+    conv: Convolution,
+    vector: int,
+    cut: vector_convolution.Cut | None = None,
+) -> jax.Array:
+    """A convolution that skips dropped weights; see `swat_jax.vector_convolution.forward`.
+
+    It has no gradient of its own: who calls it defines one.
+
+    Args:
+      x: (N, height, width, in), of bfloat16 or float16.
+      kernel: (*window, in, out) of the same type, zero where it is dropped. What it skips are
+        vectors of zeros: ``vector`` output channels, from a multiple of it on, of one input channel
+        and place in the window.
+      conv: the convolution.
+      vector: 8, 16 or 32, and a divisor of ``out``.
+      cut: how the CUDA kernel's work is cut; None: as `swat_jax.vector_convolution.cut` does. The
+        bits of the result depend on it, and on nothing else.
+
+    Returns:
+      (N, rows, columns, out), of the type of ``x``: sums in float32, rounded once.
+
+    Raises:
+      UsageError: for what `swat_jax.vector_convolution.refusal` refuses, types that do not fit, or
+        a cut that there is not.
+    """
+    if kernel.dtype != x.dtype:
+        raise UsageError(f"kernel must be {x.dtype} like x, got {kernel.dtype}")
+    room = _shared_room()
+    reason = vector_convolution.refusal(conv, x.shape, x.dtype, kernel.shape, vector, room)
+    if reason:
+        raise UsageError(f"there is no product that skips vectors: {reason}")
+    output = jax.eval_shape(dataclasses.replace(conv, folds=False), x, kernel)
+    if 0 in (*x.shape, *kernel.shape, *output.shape):
+        return jnp.zeros(output.shape, x.dtype)
+    if cut is None:
+        cut = vector_convolution.cut(conv, x.shape, kernel.shape, room)
+    if cut.tile not in vector_convolution.TILES:
+        raise UsageError(f"cut.tile must be one of {vector_convolution.TILES}, got {cut.tile}")
+    if not 1 <= cut.height <= cut.tile[0] or cut.tile[0] % cut.height:
+        raise UsageError(f"cut.height must divide {cut.tile[0]}, got {cut.height}")
+    if cut.chunk not in (32, 64, 128, 256, 512, 1024):
+        raise UsageError(f"cut.chunk must be a power of 2 from 32 to 1024, got {cut.chunk}")
+    if (needed := vector_convolution.shared_bytes(conv, kernel.shape, cut)) > room:
+        raise UsageError(f"cut must fit in {room} bytes of shared memory, got one of {needed}")
+    segments, entries = vector_convolution.segments(kernel.shape, vector, cut)
+
+    def call(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        (low_y, _), (low_x, _) = sparse_convolution.pads(conv, x.shape[1:-1], kernel.shape[:-2])
+        y, *_ = _call(
+            "sparse_conv_vector_forward",
+            (
+                jax.ShapeDtypeStruct(output.shape, x.dtype),
+                *(_words(segments * each) for each in (entries, entries * vector // 2, 1)),
+            ),
+            *(x, kernel),
+            strides=np.array(conv.strides, np.int64),
+            lows=np.array((low_y, low_x), np.int64),
+            vector=np.int64(vector),
+            tile=np.array(cut.tile, np.int64),
+            height=np.int64(cut.height),
+            chunk=np.int64(cut.chunk),
+        )
+        return y
+
+    twin = functools.partial(vector_convolution.forward, conv=conv)
+    if not _has_kernel("sparse_conv", x.dtype):
+        return twin(x, kernel)
+    return _choose(call, twin, x, kernel)
+
+
+def _shared_room() -> int:
+    """Bytes of shared memory that a block of the GPU may have; another device is not asked."""
+    if jax.default_backend() != "gpu":
+        return vector_convolution.LARGE_ROOM
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    kilobytes = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+    return kilobytes.get(capability, 99) * 1024
 
 
 def _has_matrix_units() -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from swat_jax import batch_norm, dropout_bits, kernels, sparse_convolution
+from swat_jax import batch_norm, dropout_bits, kernels, sparse_convolution, vector_convolution
 from swat_jax.convolution import Convolution
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
@@ -150,6 +150,24 @@ def _sparse_conv() -> str:
             expected = sparse_convolution.weight_gradient(packed, limit, dy, conv, window)
             if message := _differs(f"{window}", found, expected, 1e-5):
                 return f"{jnp.dtype(dtype).name}: {message}"
+    return _vector_convolution()
+
+
+def _vector_convolution() -> str:
+    # Whole numbers: exact in any order of sums, and rounded once.
+    conv = Convolution((1, 1), "SAME", (1, 1), (1, 1))
+    for vector in vector_convolution.VECTORS:
+        keys = jax.random.split(jax.random.key(vector), 3)
+        x = jax.random.randint(keys[0], (9, 7, 10, 72), -4, 5).astype(jnp.bfloat16)
+        kept = jax.random.bernoulli(keys[1], 0.2, (3, 3, 72, 96 // vector))
+        kernel = jax.random.randint(keys[2], (3, 3, 72, 96), -4, 5) * jnp.repeat(kept, vector, -1)
+        kernel = kernel.astype(jnp.bfloat16)
+        found = jax.jit(
+            lambda x, kernel, v=vector: kernels.sparse_conv_vector_forward(x, kernel, conv, v)
+        )(x, kernel)
+        expected = vector_convolution.forward(x, kernel, conv)
+        if message := _differs(f"vectors of {vector}", found, expected):
+            return message
     return ""
 
 

@@ -491,6 +491,7 @@ int main() {
     run<Bfloat16, Tile<16, 4, 8, 128>>(square(5, 5, 40, 48, share, 32), ++seed);
     run<Bfloat16, Tile<32, 4, 8, 128>>(square(9, 9, 24, 160, share, 32), ++seed);
   }
+#ifndef SWAT_JAX_FEW_CASES  // the others do not find more faults
   run<Float16, Tile<8, 4, 8, 128>>(square(3, 7, 72, 136, 0.2, 64), ++seed);
   run<Float16, Tile<16, 8, 4, 128>>(
       {17, {4, 4}, 40, 64, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.2, 4, 32, 1}, ++seed);
@@ -510,6 +511,7 @@ int main() {
       {2, {7, 9}, 8, 16, {5, 4}, {1, 2}, {2, 3}, {2, 0}, 0.3, 4, 32, 2}, ++seed);
   run<Bfloat16, Tile<8, 8, 8, 64>>(
       {1, {1, 1}, 8, 8, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.5, 4, 32, 1}, ++seed);
+#endif
   std::printf("everything as by naive loops\n");
   return 0;
 }
