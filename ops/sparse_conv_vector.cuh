@@ -257,7 +257,9 @@ SWAT_DEVICE void arrange(const Gpu& gpu, const Plan& plan, const Lists& lists,
   uint32_t kept = 0;
   for (uint32_t b = 0; b < kBanks; ++b) kept += totals[b];
   const uint32_t steps = (kept + kEntries - 1) / kEntries;
-  const Order order = {totals, banks, 2 * steps};
+  // There is always a first step, which is loaded before anyone knows whether it counts.
+  const uint32_t written = steps > 0 ? steps : 1;
+  const Order order = {totals, banks, 2 * written};
 
   uint32_t* const offsets = lists.offsets + static_cast<uint64_t>(segment) * plan.room;
   uint16_t* const values =
@@ -281,7 +283,7 @@ SWAT_DEVICE void arrange(const Gpu& gpu, const Plan& plan, const Lists& lists,
   }
   if (thread == 0) gpu.write(lists.steps + segment, steps);
   // Places that are left have values of zero, and see the first tap of some channel.
-  for (uint32_t dealt = thread; dealt < steps * kEntries; dealt += kBlock) {
+  for (uint32_t dealt = thread; dealt < written * kEntries; dealt += kBlock) {
     uint32_t bank;
     if (!order.is_empty(dealt, bank)) continue;
     // The square of an odd number is 1 but for a multiple of 8.

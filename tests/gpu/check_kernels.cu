@@ -22,6 +22,7 @@
 #include "max_pool.cu"
 #include "pack.cu"
 #include "sparse_conv.cu"
+#include "sparse_conv_vector.cu"
 #include "thresholds.cu"
 
 namespace swat {
@@ -592,6 +593,100 @@ void run_sparse_convs(uint32_t scale, int repeats) {
   run_sparse_conv<T, 64, 64, true>(window, scale, 0.2, 2, repeats);
 }
 
+// A convolution with vectors of weights, of small whole numbers, whose sums are exact.
+template <typename T, typename Tile>
+void run_sparse_conv_vector(vectors::Shape shape, double share, uint32_t height, uint32_t chunk,
+                            int repeats) {
+  vectors::Problem problem = {vectors::Plan(shape, Tile::V, Tile::kLines, height, Tile::kWide, Tile::kOut,
+                                            chunk),
+                              nullptr, {}, nullptr, 0, 0};
+  const vectors::Plan& plan = problem.plan;
+  problem.works = plan.works();
+  std::mt19937 generator(6);
+  const auto draw = [&] { return static_cast<float>(static_cast<int>(generator() % 9) - 4); };
+  std::vector<T> x(int64_t{shape.images} * shape.height * shape.width * shape.in);
+  std::vector<T> kernel(int64_t{shape.taps()} * shape.in * shape.out);
+  std::vector<T> expected(int64_t{shape.images} * shape.rows * shape.columns * shape.out);
+  for (T& value : x) value = T(draw());
+  for (size_t i = 0; i < kernel.size(); i += Tile::V) {
+    const bool is_kept = generator() % 1000 < share * 1000;
+    for (int v = 0; v < Tile::V; ++v) kernel[i + v] = T(is_kept ? draw() : 0.f);
+  }
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const size_t o = i % shape.out, pixel = i / shape.out, column = pixel % shape.columns;
+    const size_t row = pixel / shape.columns % shape.rows, image = pixel / shape.columns / shape.rows;
+    double sum = 0;
+    for (uint32_t tap = 0; tap < shape.taps(); ++tap) {
+      const size_t y = row * shape.strides[0] + tap / shape.window[1] - shape.lows[0];
+      const size_t z = column * shape.strides[1] + tap % shape.window[1] - shape.lows[1];
+      if (y >= shape.height || z >= shape.width) continue;
+      for (size_t in = 0; in < shape.in; ++in) {
+        sum += host_float(x[((image * shape.height + y) * shape.width + z) * shape.in + in]) *
+               host_float(kernel[(tap * shape.in + in) * shape.out + o]);
+      }
+    }
+    expected[i] = T(static_cast<float>(sum));
+  }
+  Buffer<T> input(x.size()), weights(kernel.size());
+  input.set(x), weights.set(kernel);
+  const int64_t segments = int64_t{plan.groups} * plan.chunks, entries = segments * plan.room;
+  std::vector<std::unique_ptr<Buffer<uint32_t>>> offsets, values, steps;
+  std::vector<std::unique_ptr<Buffer<T>>> result;
+  cudaStream_t streams[2];
+  for (cudaStream_t& stream : streams) {
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    offsets.push_back(std::make_unique<Buffer<uint32_t>>(entries));
+    values.push_back(std::make_unique<Buffer<uint32_t>>(entries * Tile::V / 2));
+    steps.push_back(std::make_unique<Buffer<uint32_t>>(segments));
+    result.push_back(std::make_unique<Buffer<T>>(expected.size()));
+  }
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (int s = 0; s < 2; ++s) {
+      problem.x = reinterpret_cast<const uint16_t*>(input.get());
+      problem.y = reinterpret_cast<uint16_t*>(result[s]->get());
+      problem.lists = {offsets[s]->get(), values[s]->get(), steps[s]->get()};
+      check_cuda(launch_arrange<Tile::V>(streams[s], plan, problem.lists,
+                                         reinterpret_cast<const uint16_t*>(weights.get())),
+                 "lists of vectors");
+      check_cuda((launch_forward<T, Tile>(streams[s], problem)), "product with vectors");
+    }
+    check_cuda(cudaDeviceSynchronize(), "product with vectors");
+    for (const auto& one : result) {
+      const auto found = one->read();
+      bool same = true;
+      for (size_t i = 0; i < found.size(); ++i) same &= host_float(found[i]) == host_float(expected[i]);
+      if (!same) std::printf("vector %d, tile %d x %d x %d:\n", Tile::V, Tile::kLines, Tile::kWide, Tile::kOut);
+      expect(same, "product with vectors of weights");
+    }
+  }
+  for (int s = 0; s < 2; ++s) {
+    offsets[s]->expect_zones_untouched("around the positions of vectors");
+    values[s]->expect_zones_untouched("around the values of vectors");
+    steps[s]->expect_zones_untouched("around the lengths of lists");
+    result[s]->expect_zones_untouched("around the product with vectors");
+    check_cuda(cudaStreamDestroy(streams[s]), "stream");
+  }
+}
+
+template <typename T>
+void run_sparse_conv_vectors(uint32_t scale, int repeats) {
+  scale = std::min(scale, 8u);  // the host takes long
+  const auto same = [&](uint32_t images, uint32_t size, uint32_t in, uint32_t out) {
+    return vectors::Shape{images, size, size, in, size, size, out, {3, 3}, {1, 1}, {1, 1}};
+  };
+  using vectors::Tile;
+  for (const double share : {0.0, 0.2, 1.0}) {
+    run_sparse_conv_vector<T, Tile<16, 4, 8, 128>>(same(2 * scale, 9, 40, 144), share, 4, 32, repeats);
+  }
+  run_sparse_conv_vector<T, Tile<8, 4, 8, 128>>(same(scale, 8, 24, 72), 0.2, 4, 32, repeats);
+  run_sparse_conv_vector<T, Tile<32, 4, 8, 128>>(same(2 * scale, 7, 40, 64), 0.2, 4, 32, repeats);
+  run_sparse_conv_vector<T, Tile<16, 8, 4, 128>>(same(4 * scale, 4, 40, 32), 0.2, 4, 32, repeats);
+  run_sparse_conv_vector<T, Tile<32, 8, 8, 64>>({scale, 12, 9, 72, 12, 9, 64, {1, 1}, {1, 1}, {0, 0}}, 0.2,
+                                                8, 32, repeats);
+  run_sparse_conv_vector<T, Tile<16, 4, 8, 64>>({scale, 12, 9, 40, 4, 5, 64, {1, 3}, {3, 2}, {0, 1}}, 0.2, 4,
+                                                32, repeats);
+}
+
 template <typename T>
 void run_all(int64_t scale, int repeats) {
   run_thresholds<T>(scale, repeats);
@@ -615,6 +710,8 @@ int main(int argc, char** argv) {
   swat::run_all<__half>(scale, repeats);
   swat::run_sparse_convs<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
   swat::run_sparse_convs<__half>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_conv_vectors<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_conv_vectors<__half>(static_cast<uint32_t>(scale), repeats);
   swat::run_max_pool();
   swat::run_dropout(scale);
   swat::expect(swat::guesses > 0, "guesses");
