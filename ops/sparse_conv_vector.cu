@@ -191,110 +191,180 @@ cudaError_t with_vector(int64_t vector, Body&& body) {
   return body(std::integral_constant<int, 32>{});
 }
 
-ffi::Error sparse_conv_vector_forward(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer kernel,
-                                      ffi::Result<ffi::AnyBuffer> y,
-                                      ffi::Result<ffi::AnyBuffer> offsets,
-                                      ffi::Result<ffi::AnyBuffer> values,
-                                      ffi::Result<ffi::AnyBuffer> steps,
-                                      ffi::Span<const int64_t> strides, ffi::Span<const int64_t> lows,
-                                      int64_t vector, ffi::Span<const int64_t> tile, int64_t height,
-                                      int64_t chunk) {
-  constexpr const char* kOp = "sparse_conv_vector_forward";
-  if (strides.size() != 2 || lows.size() != 2 || tile.size() != 3) {
-    return invalid(std::string(kOp) + ": strides and lows must have two numbers, and tile three");
+// What both handlers are told.
+struct Options {
+  ffi::Span<const int64_t> window, strides, lows, tile;
+  int64_t vector, height, chunk;
+};
+
+// The problem, without its images and their sizes.
+ffi::Error checked_shape(const char* op, const Options& options, int64_t in, int64_t out,
+                         vectors::Shape& shape) {
+  if (options.window.size() != 2 || options.strides.size() != 2 || options.lows.size() != 2 ||
+      options.tile.size() != 3) {
+    return invalid(std::string(op) + ": window, strides and lows must have two numbers, and tile three");
   }
-  int64_t batch = 1, batch_of_kernel = 1, batch_of_y = 1;
-  SWAT_RETURN_IF_ERROR(split_batch(kOp, "x", x, 4, batch));
-  SWAT_RETURN_IF_ERROR(split_batch(kOp, "kernel", kernel, 4, batch_of_kernel));
-  SWAT_RETURN_IF_ERROR(split_batch(kOp, "y", *y, 4, batch_of_y));
-  const auto last = [](auto dims, size_t from_end) { return dims[dims.size() - from_end]; };
-  const auto input = x.dimensions(), window = kernel.dimensions(), result = y->dimensions();
-  const int64_t images = last(input, 4), in = last(input, 1), out = last(result, 1);
-  if (vector != 8 && vector != 16 && vector != 32) {
-    return invalid(std::string(kOp) + ": vector must be 8, 16 or 32, got " + std::to_string(vector));
+  if (options.vector != 8 && options.vector != 16 && options.vector != 32) {
+    return invalid(std::string(op) + ": vector must be 8, 16 or 32, got " +
+                   std::to_string(options.vector));
   }
-  bool fits = batch == batch_of_kernel && batch == batch_of_y && last(result, 4) == images &&
-              last(window, 2) == in && last(window, 1) == out && in % 8 == 0 && out % vector == 0;
-  for (const int64_t size : {images, last(input, 3), last(input, 2), last(result, 3), last(result, 2)}) {
-    fits = fits && size >= 1 && size < int64_t{1} << 24;
-  }
+  bool fits = in % 8 == 0 && out % options.vector == 0;
   for (const int64_t size : {in, out}) fits = fits && size >= 1 && size <= 65536;
-  for (const int64_t size : {last(window, 4), last(window, 3), strides[0], strides[1]}) {
-    fits = fits && size >= 1 && size <= vectors::kMostWindow;
+  for (int axis = 0; axis < 2; ++axis) {
+    for (const int64_t size : {options.window[axis], options.strides[axis]}) {
+      fits = fits && size >= 1 && size <= vectors::kMostWindow;
+    }
+    fits = fits && options.lows[axis] >= 0 && options.lows[axis] <= 65536;
   }
-  for (const int64_t low : {lows[0], lows[1]}) fits = fits && low >= 0 && low <= 65536;
   if (!fits) {
-    return invalid(std::string(kOp) + ": x (images, height, width, in), kernel (height, width, in, "
-                   "out) and y (images, rows, columns, out) must fit each other, in be a multiple of "
-                   "8 and out one of vector, windows and strides be at most " +
-                   std::to_string(vectors::kMostWindow));
+    return invalid(std::string(op) + ": in must be a multiple of 8, out one of vector, window and "
+                   "strides be at most " + std::to_string(vectors::kMostWindow) + ", and lows from 0 on");
   }
-  const double pixels = static_cast<double>(images) * last(input, 3) * last(input, 2);
-  const double results = static_cast<double>(images) * last(result, 3) * last(result, 2);
-  if (pixels >= 2147483648.0 || results >= 2147483648.0) {
-    return invalid(std::string(kOp) + ": x and y must have fewer than 2**31 pixels");
-  }
-  const int64_t lines = tile[0], wide = tile[1], outs = tile[2];
-  if (lines < 1 || wide < 1 || outs < 1 || height < 1 || height > lines || lines % height != 0) {
-    return invalid(std::string(kOp) + ": height must divide the tile's lines, got " +
+  const int64_t lines = options.tile[0], height = options.height, chunk = options.chunk;
+  for (const int64_t size : options.tile) fits = fits && size >= 1 && size <= 1024;
+  if (!fits || height < 1 || height > lines || lines % height != 0) {
+    return invalid(std::string(op) + ": height must divide the tile's lines, got " +
                    std::to_string(height));
   }
   if (chunk < vectors::kSlice || chunk > 1024 || (chunk & (chunk - 1)) != 0) {
-    return invalid(std::string(kOp) + ": chunk must be a power of 2 from 32 to 1024, got " +
+    return invalid(std::string(op) + ": chunk must be a power of 2 from 32 to 1024, got " +
                    std::to_string(chunk));
   }
+  const auto pair = [](ffi::Span<const int64_t> from, uint32_t (&to)[2]) {
+    to[0] = static_cast<uint32_t>(from[0]), to[1] = static_cast<uint32_t>(from[1]);
+  };
+  shape = {1, 1, 1, static_cast<uint32_t>(in), 1, 1, static_cast<uint32_t>(out), {}, {}, {}};
+  pair(options.window, shape.window);
+  pair(options.strides, shape.strides);
+  pair(options.lows, shape.lows);
+  return ffi::Error::Success();
+}
+
+vectors::Plan plan_of(const vectors::Shape& shape, const Options& options) {
   const auto word = [](int64_t value) { return static_cast<uint32_t>(value); };
-  const vectors::Shape shape = {word(images),
-                                word(last(input, 3)),
-                                word(last(input, 2)),
-                                word(in),
-                                word(last(result, 3)),
-                                word(last(result, 2)),
-                                word(out),
-                                {word(last(window, 4)), word(last(window, 3))},
-                                {word(strides[0]), word(strides[1])},
-                                {word(lows[0]), word(lows[1])}};
-  vectors::Problem problem = {
-      vectors::Plan(shape, word(vector), word(lines), word(height), word(wide), word(outs), word(chunk)),
-      nullptr, {}, nullptr, 0, 0};
-  const vectors::Plan& plan = problem.plan;
-  problem.works = plan.works();
-  const ffi::DataType type = x.element_type();
+  return vectors::Plan(shape, word(options.vector), word(options.tile[0]), word(options.height),
+                       word(options.tile[1]), word(options.tile[2]), word(options.chunk));
+}
+
+// Of every problem of a batch.
+template <typename Offsets, typename Values, typename Steps>
+ffi::Error check_lists(const char* op, const vectors::Plan& plan, int64_t batch, Offsets& offsets,
+                       Values& values, Steps& steps) {
+  const int64_t segments = batch * plan.groups * plan.chunks, entries = segments * plan.room;
+  SWAT_RETURN_IF_ERROR(check(op, "offsets", offsets, ffi::U32, entries));
+  SWAT_RETURN_IF_ERROR(check(op, "values", values, ffi::U32, entries * plan.vector / 2, 16));
+  return check(op, "steps", steps, ffi::U32, segments);
+}
+template <typename Offsets, typename Values, typename Steps>
+vectors::Lists lists_of(const vectors::Plan& plan, int64_t problem, Offsets& offsets, Values& values,
+                        Steps& steps) {
+  const int64_t segments = int64_t{plan.groups} * plan.chunks, entries = segments * plan.room;
+  const auto part = [&](auto& buffer, int64_t count) {
+    return static_cast<uint32_t*>(buffer.untyped_data()) + problem * count;
+  };
+  return {part(offsets, entries), part(values, entries * plan.vector / 2), part(steps, segments)};
+}
+
+ffi::Error check_type(const char* op, const char* name, ffi::DataType type) {
   if (type != ffi::BF16 && type != ffi::F16) {
-    return invalid(std::string(kOp) + ": x must be bfloat16 or float16, got element type " +
+    return invalid(std::string(op) + ": " + name + " must be bfloat16 or float16, got element type " +
                    std::to_string(static_cast<int>(type)));
   }
-  const int64_t segments = int64_t{plan.groups} * plan.chunks, entries = segments * plan.room;
-  const int64_t words = entries * vector / 2;
-  SWAT_RETURN_IF_ERROR(check(kOp, "x", x, type, count_of(x), 16));
-  SWAT_RETURN_IF_ERROR(check(kOp, "kernel", kernel, type, count_of(kernel), 16));
-  SWAT_RETURN_IF_ERROR(check(kOp, "y", *y, type, count_of(*y), 16));
-  SWAT_RETURN_IF_ERROR(check(kOp, "offsets", *offsets, ffi::U32, batch * entries));
-  SWAT_RETURN_IF_ERROR(check(kOp, "values", *values, ffi::U32, batch * words, 16));
-  SWAT_RETURN_IF_ERROR(check(kOp, "steps", *steps, ffi::U32, batch * segments));
-  if (!has_queues()) {
-    return invalid(std::string(kOp) + ": needs a GPU of compute capability 8.0 or newer");
+  if (has_queues()) return ffi::Error::Success();
+  return invalid(std::string(op) + ": needs a GPU of compute capability 8.0 or newer");
+}
+
+int64_t axis(ffi::Span<const int64_t> dims, size_t from_end) { return dims[dims.size() - from_end]; }
+
+ffi::Error sparse_conv_vector_lists(cudaStream_t stream, ffi::AnyBuffer kernel,
+                                    ffi::Result<ffi::AnyBuffer> offsets,
+                                    ffi::Result<ffi::AnyBuffer> values,
+                                    ffi::Result<ffi::AnyBuffer> steps, ffi::Span<const int64_t> window,
+                                    ffi::Span<const int64_t> strides, ffi::Span<const int64_t> lows,
+                                    ffi::Span<const int64_t> tile, int64_t vector, int64_t height,
+                                    int64_t chunk) {
+  constexpr const char* kOp = "sparse_conv_vector_lists";
+  const Options options = {window, strides, lows, tile, vector, height, chunk};
+  int64_t batch = 1;
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "kernel", kernel, 4, batch));
+  const auto dims = kernel.dimensions();
+  vectors::Shape shape;
+  SWAT_RETURN_IF_ERROR(checked_shape(kOp, options, axis(dims, 2), axis(dims, 1), shape));
+  if (axis(dims, 4) != window[0] || axis(dims, 3) != window[1]) {
+    return invalid(std::string(kOp) + ": kernel must begin with the sizes of window");
   }
+  const vectors::Plan plan = plan_of(shape, options);
+  const ffi::DataType type = kernel.element_type();
+  SWAT_RETURN_IF_ERROR(check_type(kOp, "kernel", type));
+  const int64_t count = count_of(kernel);
+  SWAT_RETURN_IF_ERROR(check(kOp, "kernel", kernel, type, count, 16));
+  SWAT_RETURN_IF_ERROR(check_lists(kOp, plan, batch, *offsets, *values, *steps));
   for (int64_t b = 0; b < batch; ++b) {
-    const auto part = [&](auto& buffer, auto example) {
-      return static_cast<decltype(example)*>(buffer.untyped_data()) + b * (count_of(buffer) / batch);
-    };
-    problem.x = part(x, uint16_t{});
-    problem.y = part(*y, uint16_t{});
-    problem.lists = {part(*offsets, uint32_t{}), part(*values, uint32_t{}), part(*steps, uint32_t{})};
-    const uint16_t* const weights = part(kernel, uint16_t{});
+    const vectors::Lists lists = lists_of(plan, b, *offsets, *values, *steps);
+    const uint16_t* const own = static_cast<const uint16_t*>(kernel.untyped_data()) + b * (count / batch);
+    const cudaError_t code = with_vector(vector, [&](auto number) {
+      return launch_arrange<decltype(number)::value>(stream, plan, lists, own);
+    });
+    SWAT_RETURN_IF_ERROR(cuda_error(kOp, code));
+  }
+  return ffi::Error::Success();
+}
+
+ffi::Error sparse_conv_vector_forward(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer offsets,
+                                      ffi::AnyBuffer values, ffi::AnyBuffer steps,
+                                      ffi::Result<ffi::AnyBuffer> y, ffi::Span<const int64_t> window,
+                                      ffi::Span<const int64_t> strides, ffi::Span<const int64_t> lows,
+                                      ffi::Span<const int64_t> tile, int64_t vector, int64_t height,
+                                      int64_t chunk) {
+  constexpr const char* kOp = "sparse_conv_vector_forward";
+  const Options options = {window, strides, lows, tile, vector, height, chunk};
+  int64_t batch = 1, batch_of_y = 1;
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "x", x, 4, batch));
+  SWAT_RETURN_IF_ERROR(split_batch(kOp, "y", *y, 4, batch_of_y));
+  const auto input = x.dimensions(), result = y->dimensions();
+  vectors::Shape shape;
+  SWAT_RETURN_IF_ERROR(checked_shape(kOp, options, axis(input, 1), axis(result, 1), shape));
+  bool fits = batch == batch_of_y && axis(input, 4) == axis(result, 4);
+  double pixels = 1, results = 1;
+  for (size_t from_end = 2; from_end <= 4; ++from_end) {
+    for (const int64_t size : {axis(input, from_end), axis(result, from_end)}) {
+      fits = fits && size >= 1 && size < int64_t{1} << 24;
+    }
+    pixels *= static_cast<double>(axis(input, from_end));
+    results *= static_cast<double>(axis(result, from_end));
+  }
+  if (!fits || pixels >= 2147483648.0 || results >= 2147483648.0) {
+    return invalid(std::string(kOp) + ": x (images, height, width, in) and y (images, rows, columns, "
+                   "out) must fit each other and have fewer than 2**31 pixels");
+  }
+  shape.images = static_cast<uint32_t>(axis(input, 4));
+  shape.height = static_cast<uint32_t>(axis(input, 3));
+  shape.width = static_cast<uint32_t>(axis(input, 2));
+  shape.rows = static_cast<uint32_t>(axis(result, 3));
+  shape.columns = static_cast<uint32_t>(axis(result, 2));
+  vectors::Problem problem = {plan_of(shape, options), nullptr, {}, nullptr, 0, 0};
+  const ffi::DataType type = x.element_type();
+  SWAT_RETURN_IF_ERROR(check_type(kOp, "x", type));
+  const int64_t count = count_of(x), count_of_y = count_of(*y);
+  SWAT_RETURN_IF_ERROR(check(kOp, "x", x, type, count, 16));
+  SWAT_RETURN_IF_ERROR(check(kOp, "y", *y, type, count_of_y, 16));
+  SWAT_RETURN_IF_ERROR(check_lists(kOp, problem.plan, batch, offsets, values, steps));
+  problem.works = problem.plan.works();
+  for (int64_t b = 0; b < batch; ++b) {
+    problem.x = static_cast<const uint16_t*>(x.untyped_data()) + b * (count / batch);
+    problem.y = static_cast<uint16_t*>(y->untyped_data()) + b * (count_of_y / batch);
+    problem.lists = lists_of(problem.plan, b, offsets, values, steps);
     bool found = false;
     const cudaError_t code = with_vector(vector, [&](auto number) {
       constexpr int V = decltype(number)::value;
-      const cudaError_t arranged = launch_arrange<V>(stream, plan, problem.lists, weights);
-      if (arranged != cudaSuccess) return arranged;
       return type == ffi::BF16 ? launch_tiles<__nv_bfloat16, V>(stream, problem, tile, found)
                                : launch_tiles<__half, V>(stream, problem, tile, found);
     });
     SWAT_RETURN_IF_ERROR(cuda_error(kOp, code));
     if (!found) {
-      return invalid(std::string(kOp) + ": there is no tile of " + std::to_string(lines) + " lines of " +
-                     std::to_string(wide) + " pixels in " + std::to_string(outs) + " channels");
+      return invalid(std::string(kOp) + ": there is no tile of " + std::to_string(tile[0]) +
+                     " lines of " + std::to_string(tile[1]) + " pixels in " + std::to_string(tile[2]) +
+                     " channels");
     }
   }
   return ffi::Error::Success();
@@ -303,19 +373,34 @@ ffi::Error sparse_conv_vector_forward(cudaStream_t stream, ffi::AnyBuffer x, ffi
 }  // namespace
 }  // namespace swat
 
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_sparse_conv_vector_lists, swat::sparse_conv_vector_lists,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<xla::ffi::AnyBuffer>()  // kernel
+                                  .Ret<xla::ffi::AnyBuffer>()  // offsets
+                                  .Ret<xla::ffi::AnyBuffer>()  // values
+                                  .Ret<xla::ffi::AnyBuffer>()  // steps
+                                  .Attr<xla::ffi::Span<const int64_t>>("window")
+                                  .Attr<xla::ffi::Span<const int64_t>>("strides")
+                                  .Attr<xla::ffi::Span<const int64_t>>("lows")
+                                  .Attr<xla::ffi::Span<const int64_t>>("tile")
+                                  .Attr<int64_t>("vector")
+                                  .Attr<int64_t>("height")
+                                  .Attr<int64_t>("chunk"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_sparse_conv_vector_forward, swat::sparse_conv_vector_forward,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
                                   .Arg<xla::ffi::AnyBuffer>()  // x
-                                  .Arg<xla::ffi::AnyBuffer>()  // kernel
+                                  .Arg<xla::ffi::AnyBuffer>()  // offsets
+                                  .Arg<xla::ffi::AnyBuffer>()  // values
+                                  .Arg<xla::ffi::AnyBuffer>()  // steps
                                   .Ret<xla::ffi::AnyBuffer>()  // y
-                                  .Ret<xla::ffi::AnyBuffer>()  // offsets
-                                  .Ret<xla::ffi::AnyBuffer>()  // values
-                                  .Ret<xla::ffi::AnyBuffer>()  // steps
+                                  .Attr<xla::ffi::Span<const int64_t>>("window")
                                   .Attr<xla::ffi::Span<const int64_t>>("strides")
                                   .Attr<xla::ffi::Span<const int64_t>>("lows")
-                                  .Attr<int64_t>("vector")
                                   .Attr<xla::ffi::Span<const int64_t>>("tile")
+                                  .Attr<int64_t>("vector")
                                   .Attr<int64_t>("height")
                                   .Attr<int64_t>("chunk"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -476,25 +476,21 @@ struct Products {
       const uint32_t row = work.row + line - octet * plan.height;
       const uint32_t image = work.image + octet * kImages + lane / 4;
       if (image >= shape.images || row >= shape.rows) continue;
+      const uint64_t first = (static_cast<uint64_t>(image) * shape.rows + row) * shape.columns + work.column;
+      uint16_t* to = problem.y + first * shape.out + group(work, 0) * T::V + lane % 4 * (T::V / 4);
       SWAT_UNROLL
-      for (int p = 0; p < T::kPairs; ++p) {
+      for (int c = 0; c < T::kWide; ++c, to += shape.out) {
+        if (work.column + c >= shape.columns) break;
         SWAT_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const uint32_t column = work.column + 2 * p + half;
-          if (column >= shape.columns) continue;
-          const uint64_t pixel = (static_cast<uint64_t>(image) * shape.rows + row) * shape.columns + column;
+        for (int g = 0; g < T::kGroups; ++g) {
+          if (group(work, g) >= plan.groups) break;
+          uint32_t words[T::kColumns];
           SWAT_UNROLL
-          for (int g = 0; g < T::kGroups; ++g) {
-            const uint32_t own = group(work, g);
-            if (own >= plan.groups) continue;
-            uint32_t words[T::kColumns];
-            SWAT_UNROLL
-            for (int c = 0; c < T::kColumns; ++c) {
-              const float* const two = sums[g][l][p][c] + 2 * half;
-              words[c] = gpu.narrow(two[0], two[1]);
-            }
-            gpu.store_words(problem.y + pixel * shape.out + own * T::V + lane % 4 * (T::V / 4), words);
+          for (int k = 0; k < T::kColumns; ++k) {
+            const float* const two = sums[g][l][c / 2][k] + c % 2 * 2;
+            words[k] = gpu.narrow(two[0], two[1]);
           }
+          gpu.store_words(to + g * T::V, words);
         }
       }
     }

@@ -674,30 +674,44 @@ def sparse_conv_vector_forward(
         raise UsageError(f"cut.chunk must be a power of 2 from 32 to 1024, got {cut.chunk}")
     if (needed := vector_convolution.shared_bytes(conv, kernel.shape, cut)) > room:
         raise UsageError(f"cut must fit in {room} bytes of shared memory, got one of {needed}")
-    segments, entries = vector_convolution.segments(kernel.shape, vector, cut)
 
     def call(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        (low_y, _), (low_x, _) = sparse_convolution.pads(conv, x.shape[1:-1], kernel.shape[:-2])
-        y, *_ = _call(
-            "sparse_conv_vector_forward",
-            (
-                jax.ShapeDtypeStruct(output.shape, x.dtype),
-                *(_words(segments * each) for each in (entries, entries * vector // 2, 1)),
-            ),
-            *(x, kernel),
-            strides=np.array(conv.strides, np.int64),
-            lows=np.array((low_y, low_x), np.int64),
-            vector=np.int64(vector),
-            tile=np.array(cut.tile, np.int64),
-            height=np.int64(cut.height),
-            chunk=np.int64(cut.chunk),
-        )
-        return y
+        options = _vector_options(conv, x.shape, kernel.shape, vector, cut)
+        lists = _vector_lists(kernel, vector, cut, options)
+        result = jax.ShapeDtypeStruct(output.shape, x.dtype)
+        return _call("sparse_conv_vector_forward", (result,), x, *lists, **options)[0]
 
     twin = functools.partial(vector_convolution.forward, conv=conv)
     if not _has_kernel("sparse_conv", x.dtype):
         return twin(x, kernel)
     return _choose(call, twin, x, kernel)
+
+
+def _vector_lists(
+    kernel: jax.Array, vector: int, cut: vector_convolution.Cut, options: dict[str, Any]
+) -> list[jax.Array]:
+    """What `sparse_conv_vector_forward` reads of the weights: offsets, values, lengths."""
+    segments, entries = vector_convolution.segments(kernel.shape, vector, cut)
+    sizes = (entries, entries * vector // 2, 1)
+    results = tuple(_words(segments * size) for size in sizes)
+    return _call("sparse_conv_vector_lists", results, kernel, **options)
+
+
+def _vector_options(
+    conv: Convolution,
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    vector: int,
+    cut: vector_convolution.Cut,
+) -> dict[str, Any]:
+    """What both kernels of `sparse_conv_vector_forward` are told."""
+    lows = [low for low, _ in sparse_convolution.pads(conv, shape[1:-1], kernel[:-2])]
+    pairs = {"window": kernel[:-2], "strides": conv.strides, "lows": lows, "tile": cut.tile}
+    numbers = {"vector": vector, "height": cut.height, "chunk": cut.chunk}
+    return {
+        **{name: np.array(value, np.int64) for name, value in pairs.items()},
+        **{name: np.int64(value) for name, value in numbers.items()},
+    }
 
 
 def _shared_room() -> int:

@@ -139,22 +139,21 @@ def test_twenty_runs_have_the_same_bits(vector):
 def test_operands_that_do_not_fit_are_refused():
     x, kernel = draw((3, 3), (8, 8, 8, 32), 128, 16, 0.2)
     entries = 8 * 288
-    good = {"strides": (1, 1), "vector": 16, "tile": (4, 8, 128), "height": 4, "chunk": 32}
+    good = {
+        "window": (3, 3), "strides": (1, 1), "lows": (1, 1), "tile": (4, 8, 128), "vector": 16,
+        "height": 4, "chunk": 32,
+    }  # fmt: skip
 
     def call(x=x, kernel=kernel, words=entries * 8, **changes):
-        options = good | changes
-        return jax.ffi.ffi_call(
-            "swat_jax_sparse_conv_vector_forward",
-            [
-                jax.ShapeDtypeStruct((8, 8, 8, 128), x.dtype),
-                *(jax.ShapeDtypeStruct((size,), jnp.uint32) for size in (entries, words, 8)),
-            ],
-        )(
-            x, kernel, lows=np.array((1, 1), np.int64),
-            strides=np.array(options["strides"], np.int64),
-            tile=np.array(options["tile"], np.int64),
-            **{name: np.int64(options[name]) for name in ("vector", "height", "chunk")},
-        )  # fmt: skip
+        options = {name: np.array(value, np.int64) for name, value in (good | changes).items()}
+        options = {name: value if value.ndim else value[()] for name, value in options.items()}
+        sizes = (entries, words, 8)
+        lists = jax.ffi.ffi_call(
+            "swat_jax_sparse_conv_vector_lists",
+            [jax.ShapeDtypeStruct((size,), jnp.uint32) for size in sizes],
+        )(kernel, **options)
+        result = jax.ShapeDtypeStruct((8, 8, 8, 128), x.dtype)
+        return jax.ffi.ffi_call("swat_jax_sparse_conv_vector_forward", result)(x, *lists, **options)
 
     jax.block_until_ready(jax.jit(call)())
     for message, changes in (
@@ -164,9 +163,10 @@ def test_operands_that_do_not_fit_are_refused():
         ("chunk must be a power of 2 from 32 to 1024, got 48", {"chunk": 48}),
         ("values must have 18432 values, got 18431", {"words": entries * 8 - 1}),
         ("x must be bfloat16 or float16", {"x": x.astype(jnp.float32)}),
-        ("kernel must have element type", {"kernel": kernel.astype(jnp.float16)}),
-        ("must fit each other", {"kernel": kernel[:, :, :24]}),
-        ("must fit each other", {"strides": (17, 1)}),
+        ("kernel must be bfloat16 or float16", {"kernel": kernel.astype(jnp.float32)}),
+        ("must begin with the sizes of window", {"window": (3, 1)}),
+        ("in must be a multiple of 8", {"strides": (17, 1)}),
+        ("must fit each other", {"x": x[:4]}),
     ):
         with pytest.raises(Exception, match=message):
             jax.block_until_ready(jax.jit(functools.partial(call, **changes))())
