@@ -406,3 +406,23 @@ def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
     first, second = sparse_conv.lines(row)
     assert "3x3/2 16->8 @8" in first
     assert "128x128" in second
+
+
+def test_the_convs_of_sparse_conv_vector_and_one_line_of_its_table(load, monkeypatch):
+    load("sparse_conv")
+    vectors = load("sparse_conv_vector")
+    found = vectors.problems(["wrn16_8"], every=True)
+    marks = {one.name for one in found if vectors.is_mark(one)}
+    assert marks == {"3x3 128->128 @32", "3x3 256->256 @16", "3x3 512->512 @8"}
+    monkeypatch.setattr("sparse_conv.COUNT", 1)
+    monkeypatch.setattr("sparse_conv.REPEATS", 1)
+    small = vectors.Problem("wrn16_8", 2, (3, 3), (16, 24), (8, 8), (4, 4), 2)
+    assert vectors.takes(small, 8)
+    assert not vectors.takes(small, 16)
+    (row,) = vectors.measure(small, [8, 16], [0.75], True, (1e6, 1e6), 0.0)
+    assert 0.15 < row["operations"] / small.operations < 0.35
+    assert row["error"] < 2**-7
+    assert set(row["cuts_ms"]) == {"4x8x128/4/32", "8x4x128/4/32"}
+    first, second = vectors.lines(row)
+    assert "3x3/2 16->24 @8" in first
+    assert "8x4x128" in second
