@@ -1,8 +1,9 @@
 """The ops that have a hand-written GPU kernel; the only door to them.
 
 Each op is defined by its jax.numpy twin (`swat_jax.sparsity.top_k`, `swat_jax.sparsity.packing`,
-`swat_jax.batch_norm`, `swat_jax.max_pool`, `swat_jax.sparse_convolution`). The backend "xla" is
-the twin itself, compiled by XLA, and runs everywhere. The backend "cuda" calls the kernels of
+`swat_jax.sparsity.compact`, `swat_jax.batch_norm`, `swat_jax.max_pool`,
+`swat_jax.sparse_convolution`). The backend "xla" is the twin itself, compiled by XLA, and runs
+everywhere. The backend "cuda" calls the kernels of
 `ops/` on NVIDIA GPUs, and the twin on other devices and for float64. With it goes "fold", which is
 no kernel but another way to ask cuDNN for one of its own (`swat_jax.convolution`).
 
@@ -32,7 +33,9 @@ from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
 from swat_jax.sparse_convolution import Cut
+from swat_jax.sparsity import compact as compaction
 from swat_jax.sparsity import packing, thresholds, top_k
+from swat_jax.sparsity.compact import Compact
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_axes, varying_like
 
@@ -45,6 +48,7 @@ OPS = (
     "dropout_bits",
     "fold",
     "sparse_conv",
+    "compact",
 )
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -522,6 +526,32 @@ def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
         return bitmap
 
     return kernel(words) if size >= _TWIN_LIMIT else _choose(kernel, twin, words)
+
+
+def compact(kernel: jax.Array, vector: int, chunk: int, multiple: int) -> Compact:
+    """What is kept of a sparse kernel; see `swat_jax.sparsity.compact.compact`."""
+    twin = functools.partial(compaction.compact, vector=vector, chunk=chunk, multiple=multiple)
+    groups, chunks, _, room = compaction.sizes(kernel.shape, vector, chunk, multiple)
+    if not _has_kernel("compact", kernel.dtype) or kernel.size == 0:
+        return twin(kernel)
+
+    def call(kernel: jax.Array) -> Compact:
+        starts = jax.ShapeDtypeStruct((groups, chunks + 1), jnp.int32)
+        values, positions, starts, _ = _call(
+            "compact",
+            (
+                jax.ShapeDtypeStruct((groups, chunks * room, vector), kernel.dtype),
+                jax.ShapeDtypeStruct((groups, chunks * room), jnp.int32),
+                *(starts, starts),
+            ),
+            kernel,
+            vector=np.int64(vector),
+            chunk=np.int64(chunk),
+            multiple=np.int64(multiple),
+        )
+        return Compact(values, positions, starts)
+
+    return _choose(call, twin, kernel)
 
 
 def takes_weight_gradient(

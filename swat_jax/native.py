@@ -37,6 +37,7 @@ HANDLERS = (
     "max_pool_gradient",
     "dropout_bits",
     "sparse_conv_weight_gradient",
+    "compact",
 )
 
 

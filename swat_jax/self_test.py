@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from swat_jax import batch_norm, dropout_bits, kernels, sparse_convolution
 from swat_jax.convolution import Convolution
 from swat_jax.max_pool import Pool
-from swat_jax.sparsity import packing, top_k
+from swat_jax.sparsity import compact, packing, top_k
 
 _SHAPE = (1234, 96)  # neither a multiple of a tile nor a power of two
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -153,6 +153,26 @@ def _sparse_conv() -> str:
     return ""
 
 
+def _compact(dtype: Any) -> str:
+    kernel = jax.random.normal(jax.random.key(4), (3, 3, 40, 96)).astype(dtype)
+    kernel = top_k.sparsify(kernel, 1.3)
+    for vector in compact.VECTORS:
+        numbers = (vector, 16, 2)
+        found = jax.jit(lambda kernel, n=numbers: kernels.compact(kernel, *n))(kernel)
+        values, positions, starts = compact.compact(kernel, *numbers)
+        if message := _differs(f"starts of vectors of {vector}", found.starts, starts):
+            return message
+        is_there = jnp.arange(positions.shape[1]) < starts[:, -1:]
+        expected = (jnp.where(is_there[..., None], values, 0), jnp.where(is_there, positions, 0))
+        parts = (
+            jnp.where(is_there[..., None], found.values, 0),
+            jnp.where(is_there, found.positions, 0),
+        )
+        if message := _differs(f"vectors of {vector}", parts, expected):
+            return message
+    return ""
+
+
 SELF_TESTS: dict[str, Callable[[], str]] = {
     "threshold": _for_each_type(_threshold),
     "pack": _for_each_type(_pack),
@@ -161,4 +181,5 @@ SELF_TESTS: dict[str, Callable[[], str]] = {
     "max_pool": _for_each_type(_max_pool),
     "dropout_bits": _dropout_bits,
     "sparse_conv": _sparse_conv,
+    "compact": _for_each_type(_compact),
 }
