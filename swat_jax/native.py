@@ -38,6 +38,7 @@ HANDLERS = (
     "dropout_bits",
     "sparse_conv_weight_gradient",
     "compact",
+    "sparse_conv_direct",
 )
 
 

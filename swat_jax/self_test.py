@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from swat_jax import batch_norm, dropout_bits, kernels, sparse_convolution
+from swat_jax import batch_norm, dropout_bits, kernels, sparse_conv_direct, sparse_convolution
 from swat_jax.convolution import Convolution
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import compact, packing, top_k
@@ -173,6 +173,28 @@ def _compact(dtype: Any) -> str:
     return ""
 
 
+def _sparse_conv_direct(dtype: Any) -> str:
+    ones, keys = (1, 1), jax.random.split(jax.random.key(5), 3)
+    x = jax.random.normal(keys[0], (3, 13, 14, 40)).astype(dtype)
+    for window, strides in (((1, 1), ones), ((3, 3), ones), ((3, 3), (2, 2))):
+        conv = Convolution(strides, "SAME", ones, ones)
+        kernel = top_k.sparsify(jax.random.normal(keys[1], (*window, 40, 72)).astype(dtype), 1.3)
+        y = jax.jit(lambda x, k, c=conv: kernels.sparse_conv_forward(x, k, c))(x, kernel)
+        expected = sparse_conv_direct.forward(x, kernel, conv)
+        if message := _differs(f"output of {window}", y, expected, _BOUNDS[dtype]):
+            return message
+        if strides != ones:
+            continue
+        dy, size = jax.random.normal(keys[2], y.shape).astype(dtype), (13, 14)
+        dx = jax.jit(lambda dy, k, c=conv: kernels.sparse_conv_input_gradient(dy, k, c, (13, 14)))(
+            dy, kernel
+        )
+        expected = sparse_conv_direct.input_gradient(dy, kernel, conv, size)
+        if message := _differs(f"gradient of {window}", dx, expected, _BOUNDS[dtype]):
+            return message
+    return ""
+
+
 SELF_TESTS: dict[str, Callable[[], str]] = {
     "threshold": _for_each_type(_threshold),
     "pack": _for_each_type(_pack),
@@ -182,4 +204,5 @@ SELF_TESTS: dict[str, Callable[[], str]] = {
     "dropout_bits": _dropout_bits,
     "sparse_conv": _sparse_conv,
     "compact": _for_each_type(_compact),
+    "sparse_conv_direct": _for_each_type(_sparse_conv_direct),
 }
