@@ -1,11 +1,11 @@
 """Output and input gradient of convs with sparse weights: what `sparse_conv.py --op` measures.
 
 `dense` is XLA's product of dense operands with the masked kernel, in float32 without
-TensorFloat-32; `tf32` is the same with it. `compact` is how long the compact form of the kernel takes alone, and
-`sparse` all that the sparse convolution takes, that included. `floor` is what the bytes (operands
-and result) take at the rate of a device-to-device copy, or the loads from shared memory at that of
-a large GPU, four bytes for every product of a kept weight, whichever is more. `error` is what the
-sparse result differs from the dense one, of the largest value.
+TensorFloat-32; `tf32` is the same with it. `compact` is how long the compact form of the kernel
+takes alone, and `sparse` all that the sparse convolution takes, that included. `floor` is what the
+bytes (operands and result) take at the rate of a device-to-device copy, or the loads from shared
+memory at that of a large GPU, four bytes for every product of a kept weight, whichever is more.
+`error` is what the sparse result differs from the dense one, of the largest value.
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ struct Run {
     const uint32_t own = static_cast<uint32_t>((uint64_t{1} << kept.vector) - 1)
                          << threadIdx.x % kLanes / kept.vector * kept.vector;
     int tap = begin / kept.chunk, channel = begin - tap * kept.chunk;
-#pragma unroll 4
+#pragma unroll 8
     for (int position = begin; position < end; ++position) {
       T value = from_float<T>(0.f);
       if (is_there && first + channel < kept.in) {
-        value = weights[(static_cast<int64_t>(tap) * kept.in + first + channel) * kept.out];
+        value = __ldg(weights + (static_cast<int64_t>(tap) * kept.in + first + channel) * kept.out);
       }
       // NaN is not zero.
       const uint32_t found = __ballot_sync(kFullWarp, to_float(value) != 0.f);

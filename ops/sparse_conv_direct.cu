@@ -25,10 +25,24 @@ struct DirectGpu {
   static __device__ __forceinline__ uint32_t load(const int32_t* from) {
     return static_cast<uint32_t>(__ldg(from));
   }
-  // What is not there is zero.
+  // What is not there is zero. As branches the conditions would cost several times as much.
+  static __device__ __forceinline__ uint32_t load_if(bool condition, const int32_t* from) {
+    uint32_t value;
+    asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u32 %0, [%2]; }"
+        : "=&r"(value)
+        : "r"(static_cast<uint32_t>(condition)), "l"(from));
+    return value;
+  }
+  static __device__ __forceinline__ float weight(const float* from, bool is_there) {
+    return __uint_as_float(load_if(is_there, reinterpret_cast<const int32_t*>(from)));
+  }
   template <typename T>
   static __device__ __forceinline__ float weight(const T* from, bool is_there) {
-    return is_there ? to_float(__ldg(from)) : 0.f;
+    uint16_t bits;
+    asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u16 %0, 0; @p ld.global.nc.u16 %0, [%2]; }"
+        : "=&h"(bits)
+        : "r"(static_cast<uint32_t>(is_there)), "l"(from));
+    return to_float(reinterpret_cast<const T&>(bits));
   }
   static __device__ __forceinline__ direct::Four four(const float* from, bool is_there) {
     float4 found = make_float4(0.f, 0.f, 0.f, 0.f);
@@ -70,8 +84,12 @@ template <typename T, int kUnits, int kOutputs>
 cudaError_t launch_direct(cudaStream_t stream, const direct::Problem<T>& problem) {
   const auto kernel = sparse_conv_direct_kernel<T, kUnits, kOutputs>;
   const uint32_t shared = problem.plan.bytes();
-  const cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                static_cast<int>(shared));
+  cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared));
+  if (code != cudaSuccess) return code;
+  // As many blocks as fit: the cache beside shared memory has nothing to keep.
+  code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                              cudaSharedmemCarveoutMaxShared);
   if (code != cudaSuccess) return code;
   const uint64_t blocks = direct::Part<kUnits, kOutputs>::blocks(problem.plan);
   kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(problem);

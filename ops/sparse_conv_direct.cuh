@@ -304,44 +304,45 @@ SWAT_DEVICE void forward(const Gpu& gpu, const Problem<T>& problem, unsigned cha
   uint32_t low = 0, high = 0;
   if (has_list) high = gpu.load(starts);
   // One entry of every lane, on its way.
-  float value = 0.f;
   uint32_t position = 0;
-  const auto request = [&](int j, uint32_t from, uint32_t to) {
-    const uint64_t at = static_cast<uint64_t>(out + j) * problem.room + from + lane;
+  float value = 0.f;
+  const auto request = [&](uint64_t list, uint32_t from, uint32_t to) {
     const bool is_there = from + lane < to;
-    value = gpu.weight(problem.values + at, is_there);
-    position = is_there ? gpu.load(problem.positions + at) : 0;
+    value = gpu.weight(problem.values + list + from, is_there);
+    position = gpu.load_if(is_there, problem.positions + list + from);
   };
+  const uint64_t first_list = static_cast<uint64_t>(out) * problem.room + lane;
   uint32_t turn = 0;
   gpu.sync();  // the tables are there
 
   for (uint32_t chunk = 0; chunk < plan.chunks; ++chunk) {
     low = high;
     if (has_list) high = gpu.load(starts + chunk + 1);
-    request(0, gpu.shuffle(low, 0), gpu.shuffle(high, 0));
+    uint64_t list = first_list;
+    uint32_t begin = gpu.shuffle(low, 0), stop = gpu.shuffle(high, 0);
+    request(list, begin, stop);
     stage(gpu, problem, chunk, units, pixels, shared);
     gpu.sync();  // activations are there
     SWAT_UNROLL
     for (int j = 0; j < kOutputs; ++j) {
-      const uint32_t begin = gpu.shuffle(low, j), stop = gpu.shuffle(high, j);
-      const int next = j + 1 < kOutputs ? j + 1 : j;
-      const uint32_t next_begin = gpu.shuffle(low, next), next_stop = gpu.shuffle(high, next);
-      // The first entries of this list are on their way.
-      for (uint32_t at = begin; at < stop; at += kEntries) {
+      // After the last list comes one that has nothing.
+      const uint32_t next_begin = gpu.shuffle(low, j + 1), next_stop = gpu.shuffle(high, j + 1);
+      bool has_more;
+      do {  // the first entries of this list are on their way
         Entry* const own = ring + turn * Plan::kRing;
         turn ^= 1;
         const uint32_t channel = position & (plan.chunk - 1);
         own[lane] = {value, (places[position >> plan.bits] + channel / 4 * plan.quad +
                              channel % 4 * plan.channel) * kUnitBytes};
-        if (at + kEntries < stop) {
-          request(j, at + kEntries, stop);
-        } else if (j < next) {
-          request(next, next_begin, next_stop);
-        }
+        const uint32_t count = least(stop - begin, kEntries);
+        begin += kEntries;
+        has_more = begin < stop;
+        if (!has_more) list += problem.room;
+        request(list, has_more ? begin : next_begin, has_more ? stop : next_stop);
         gpu.sync_warp();  // entries are there, and nobody reads those of the turn before
-        multiply(own, least(stop - at, kEntries), shared, bases, sums[j]);
-      }
-      if (begin == stop && j < next) request(next, next_begin, next_stop);
+        multiply(own, count, shared, bases, sums[j]);
+      } while (has_more);
+      begin = next_begin, stop = next_stop;
     }
     gpu.sync();  // nobody reads activations any more
   }

@@ -30,6 +30,7 @@ struct Emulated {
     Block::current()->check_read(from, 4);
     return static_cast<uint32_t>(*from);
   }
+  static uint32_t load_if(bool condition, const int32_t* from) { return condition ? load(from) : 0; }
   static float weight(const float* from, bool is_there) {
     if (is_there) Block::current()->check_read(from, 4);
     return is_there ? *from : 0.f;
