@@ -18,10 +18,12 @@
 
 #include "batch_norm.cu"
 #include "batch_norm_relu.cu"
+#include "compact.cu"
 #include "dropout.cu"
 #include "max_pool.cu"
 #include "pack.cu"
 #include "sparse_conv.cu"
+#include "sparse_conv_direct.cu"
 #include "sparse_conv_vector.cu"
 #include "thresholds.cu"
 
@@ -593,6 +595,104 @@ void run_sparse_convs(uint32_t scale, int repeats) {
   run_sparse_conv<T, 64, 64, true>(window, scale, 0.2, 2, repeats);
 }
 
+// A convolution with single sparse weights, and the compact form that it takes, of small whole numbers.
+template <typename T, int kUnits, int kOutputs>
+void run_sparse_conv_direct(const direct::Shape& shape, uint32_t chunk, uint32_t part, double share,
+                            int repeats) {
+  const direct::Plan plan(shape, 32 * kUnits, chunk, part);
+  const int64_t in = shape.in, out = shape.out, taps = shape.taps();
+  const int64_t pixels = int64_t{shape.rows} * shape.columns * shape.images;
+  const int64_t room = (taps * chunk + taps * chunk % 2) * plan.chunks;
+  std::mt19937 generator(6);
+  const auto draw = [&] { return static_cast<float>(static_cast<int>(generator() % 7) - 3); };
+  std::vector<T> x(int64_t{shape.images} * shape.height * shape.width * in);
+  std::vector<T> weights(taps * in * out, T(0.f));
+  for (T& value : x) value = T(draw());
+  for (T& value : weights) {
+    if (generator() % 1000 < share * 1000) value = T(draw());
+  }
+  std::vector<double> expected(pixels * out, 0.0);
+  for (int64_t q = 0; q < pixels; ++q) {
+    const int64_t image = q / (shape.rows * shape.columns);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t y = q / shape.columns % shape.rows * shape.strides[0] + tap / shape.window[1] -
+                        shape.lows[0];
+      const int64_t z = q % shape.columns * shape.strides[1] + tap % shape.window[1] - shape.lows[1];
+      if (y < 0 || z < 0 || y >= shape.height || z >= shape.width) continue;
+      for (int64_t i = 0; i < in; ++i) {
+        const double factor = host_float(x[((image * shape.height + y) * shape.width + z) * in + i]);
+        for (int64_t o = 0; o < out; ++o) {
+          expected[q * out + o] += factor * host_float(weights[(tap * in + i) * out + o]);
+        }
+      }
+    }
+  }
+  Buffer<T> input(x.size()), kernel(weights.size());
+  input.set(x), kernel.set(weights);
+  const Kept kept = {static_cast<int>(taps), static_cast<int>(in), static_cast<int>(out), 1,
+                     static_cast<int>(chunk), 2, static_cast<int>(out),
+                     static_cast<int>(plan.chunks), static_cast<int>(room)};
+  const dim3 blocks(static_cast<unsigned>((out + kLanes - 1) / kLanes), plan.chunks);
+  struct Side {
+    Buffer<T> values, y;
+    Buffer<int32_t> positions, starts, lengths;
+    cudaStream_t stream;
+  };
+  std::vector<std::unique_ptr<Side>> sides;
+  for (int s = 0; s < 2; ++s) {
+    const int64_t words = out * (plan.chunks + 1);
+    sides.push_back(std::unique_ptr<Side>(
+        new Side{Buffer<T>(out * room), Buffer<T>(pixels * out), Buffer<int32_t>(out * room),
+                 Buffer<int32_t>(words), Buffer<int32_t>(words), nullptr}));
+    check_cuda(cudaStreamCreateWithFlags(&sides[s]->stream, cudaStreamNonBlocking), "stream");
+  }
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (const auto& side : sides) {
+      count_kept_kernel<T><<<blocks, kThreads, 0, side->stream>>>(kept, kernel.get(),
+                                                                  side->lengths.get());
+      write_kept_kernel<T><<<blocks, kThreads, 0, side->stream>>>(
+          kept, kernel.get(), side->lengths.get(), side->values.get(), side->positions.get(),
+          side->starts.get());
+      const direct::Problem<T> problem = {plan, input.get(), side->values.get(),
+                                          side->positions.get(), side->starts.get(),
+                                          side->y.get(), static_cast<uint64_t>(room)};
+      const auto code = launch_direct<T, kUnits, kOutputs>(side->stream, problem);
+      check_cuda(code, "a convolution with single weights");
+    }
+    check_cuda(cudaDeviceSynchronize(), "a convolution with single weights");
+    for (const auto& side : sides) {
+      const auto found = side->y.read();
+      bool same = true;
+      for (size_t i = 0; i < found.size(); ++i) {
+        same &= host_float(found[i]) == host_float(T(static_cast<float>(expected[i])));
+      }
+      if (!same) std::printf("%d units, %d outputs:\n", kUnits, kOutputs);
+      expect(same, "a convolution with single weights");
+    }
+  }
+  for (const auto& side : sides) {
+    side->y.expect_zones_untouched("around the output of a sparse convolution");
+    side->values.expect_zones_untouched("around the values of a compact kernel");
+    side->positions.expect_zones_untouched("around the positions of a compact kernel");
+    side->starts.expect_zones_untouched("around the starts of a compact kernel");
+    check_cuda(cudaStreamDestroy(side->stream), "stream");
+  }
+}
+
+template <typename T>
+void run_sparse_convs_direct(uint32_t scale, int repeats) {
+  for (const double share : {0.1, 1.0}) {
+    const direct::Shape small = {scale + 2, 7, 7, 40, 7, 7, 36, {3, 3}, {1, 1}, {1, 1}};
+    run_sparse_conv_direct<T, 2, 8>(small, 16, 7, share, repeats);
+    run_sparse_conv_direct<T, 2, 16>(small, 32, 7, share, repeats);
+    run_sparse_conv_direct<T, 4, 8>(small, 16, 7, share, repeats);
+  }
+  const direct::Shape wide = {scale / 4 + 1, 9, 28, 12, 9, 28, 68, {3, 3}, {1, 1}, {1, 1}};
+  run_sparse_conv_direct<T, 4, 4>(wide, 8, 8, 0.2, repeats);
+  const direct::Shape stride = {scale + 1, 9, 8, 20, 5, 4, 12, {3, 3}, {2, 2}, {1, 1}};
+  run_sparse_conv_direct<T, 1, 8>(stride, 8, 4, 0.2, repeats);
+}
+
 // A convolution with vectors of weights, of small whole numbers, whose sums are exact.
 template <typename T, typename Tile>
 void run_sparse_conv_vector(vectors::Shape shape, double share, uint32_t height, uint32_t chunk,
@@ -710,6 +810,9 @@ int main(int argc, char** argv) {
   swat::run_all<__half>(scale, repeats);
   swat::run_sparse_convs<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
   swat::run_sparse_convs<__half>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_convs_direct<float>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_convs_direct<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_convs_direct<__half>(static_cast<uint32_t>(scale), repeats);
   swat::run_sparse_conv_vectors<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
   swat::run_sparse_conv_vectors<__half>(static_cast<uint32_t>(scale), repeats);
   swat::run_max_pool();
