@@ -2,6 +2,7 @@
 
     python benchmarks/sparse_conv.py --output sparse_conv.json    # ResNet-50's 1x1 convs, 90 %
     python benchmarks/sparse_conv.py --all --tiles --sparsity 0.7 0.8 0.9 0.95 0.98 --output ...
+    python benchmarks/sparse_conv.py --op forward --dtype float32 --sparsity 0.7 0.9 0.97
 
 For each distinct shape, at the batch that the step table has: `dense`, XLA's product of dense
 operands; `unpack`, the packed input unpacked and the same product; `sparse`, the kernel that reads
@@ -10,6 +11,9 @@ the packed input, cut as it chooses, and with `--tiles` with every tile and so m
 copy, or the operations at that of a large matrix product, whichever is more, both measured first.
 `error` is what the sparse result differs from the dense one, of the largest value: a rounding to
 bfloat16 (0.004) at most, or there is a fault.
+
+With `--op forward` or `input_gradient` it is about sparse weights instead (`sparse_weights.py`),
+with all windows of ResNet-50 and WRN-16-8 where nothing else is asked for.
 
 The most important shapes come first. The file is written after each of them, and with `--seconds`
 nothing is begun when that time is over.
@@ -30,6 +34,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import sparse_weights
 from jax import lax
 
 from swat_jax import kernels, native, sparse_convolution
@@ -47,6 +52,10 @@ NETWORKS: dict[str, tuple[int, int, int]] = {
     "densenet121": (512, 32, 10),
     "vgg16": (512, 32, 10),
 }
+HEADER = (
+    f"{'network':18} {'conv':24} {'s_A':>5} {'dense':>8} {'unpack':>8} {'sparse':>8} "
+    f"{'floor':>8} {'gain':>6} {'cut':>12} {'error':>8}"
+)
 # Calls that are timed together, and how often.
 COUNT, REPEATS = 20, 3
 # With `--tiles`: one, two and four for every multiprocessor of a large GPU.
@@ -254,8 +263,12 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Weight gradients from packed activations.")
-    parser.add_argument("--networks", nargs="+", default=["imagenet_resnet50"], choices=NETWORKS)
+    parser = argparse.ArgumentParser(description="Convolutions with a sparse operand.")
+    ops = ("weight_gradient", *sparse_weights.OPS)
+    parser.add_argument("--op", default=ops[0], choices=ops, help="default: %(default)s")
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="default: %(default)s")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--all", action="store_true", help="all windows of all networks")
     parser.add_argument("--tiles", action="store_true", help="every tile, not the chosen one only")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
@@ -264,6 +277,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing afterwards")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(arguments)
+    if options.op == "weight_gradient" and options.dtype != "bfloat16":
+        parser.error("weight_gradient is measured in bfloat16")
     start = time.perf_counter()
     large = jax.default_backend() == "gpu"
     rates = (copy_rate(2**27 if large else 2**16), product_rate(8192 if large else 64))
@@ -274,7 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
         "backend": kernels.backend(),
         "library": dict(native.load().build_info),
         "versions": {"jax": jax.__version__},
-        "dtype": "bfloat16",
+        "op": options.op,
+        "dtype": options.dtype,
         "copy_gb_per_s": rates[0] / 1e6,
         "product_tflop_per_s": rates[1] / 1e9,
         "idle_ms": idle,
@@ -284,20 +300,31 @@ def main(arguments: list[str] | None = None) -> None:
         f"{found['device']}, {found['backend']}: copy {rates[0] / 1e6:.0f} GB/s, product "
         f"{rates[1] / 1e9:.0f} TFLOP/s, idle {idle:.4f} ms"
     )
-    print(
-        f"{'network':18} {'conv':24} {'s_A':>5} {'dense':>8} {'unpack':>8} {'sparse':>8} "
-        f"{'floor':>8} {'gain':>6} {'cut':>12} {'error':>8}"
-    )
-    networks = list(NETWORKS) if options.all else options.networks
-    chosen = problems(networks, options.all, options.batch)[: options.first]
-    for problem in chosen:
+    is_weights = options.op in sparse_weights.OPS
+    print(sparse_weights.HEADER if is_weights else HEADER)
+    networks = ["imagenet_resnet50", "wrn16_8"] if is_weights else ["imagenet_resnet50"]
+    networks = list(NETWORKS) if options.all else options.networks or networks
+    chosen = problems(networks, options.all or is_weights, options.batch)
+    dtype = jnp.dtype(options.dtype)
+    if is_weights:
+        chosen = [one for one in chosen if sparse_weights.takes(one, options.op, dtype)]
+        chosen.sort(key=lambda one: not sparse_weights.is_mark(one))
+    for problem in chosen[: options.first]:
         for sparsity in options.sparsity:
             if time.perf_counter() - start > options.seconds:
                 print(f"{options.seconds} s are over", file=sys.stderr)
                 return
-            row = measure(problem, sparsity, options.tiles, rates, idle)
+            if is_weights:
+                row = sparse_weights.measure(
+                    problem, options.op, dtype, sparsity, options.tiles,
+                    lambda *call: milliseconds(*call) - idle, rates[0],
+                )  # fmt: skip
+                text = sparse_weights.lines(row)
+            else:
+                row = measure(problem, sparsity, options.tiles, rates, idle)
+                text = lines(row)
             found["convs"].append(row)
-            print(*lines(row), sep="\n", flush=True)
+            print(*text, sep="\n", flush=True)
             if options.output:
                 pathlib.Path(options.output).write_text(json.dumps(found, indent=2) + "\n")
     print(f"{time.perf_counter() - start:.0f} s")

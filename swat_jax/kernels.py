@@ -1,10 +1,12 @@
 """The ops that have a hand-written GPU kernel; the only door to them.
 
 Each op is defined by its jax.numpy twin (`swat_jax.sparsity.top_k`, `swat_jax.sparsity.packing`,
-`swat_jax.batch_norm`, `swat_jax.max_pool`, `swat_jax.sparse_convolution`). The backend "xla" is
-the twin itself, compiled by XLA, and runs everywhere. The backend "cuda" calls the kernels of
-`ops/` on NVIDIA GPUs, and the twin on other devices and for float64. With it goes "fold", which is
-no kernel but another way to ask cuDNN for one of its own (`swat_jax.convolution`).
+`swat_jax.sparsity.compact`, `swat_jax.batch_norm`, `swat_jax.max_pool`,
+`swat_jax.sparse_convolution`, `swat_jax.sparse_conv_direct`, `swat_jax.vector_convolution`). The
+backend "xla" is the twin itself, compiled by XLA, and runs everywhere. The backend "cuda" calls
+the kernels of `ops/` on NVIDIA GPUs, and the twin on other devices and for float64. With it goes
+"fold", which is no kernel but another way to ask cuDNN for one of its own
+(`swat_jax.convolution`).
 
 Environment:
   SWAT_JAX_BACKEND: ``cuda`` or ``xla``; by default ``cuda`` where there is a GPU and the library.
@@ -26,13 +28,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from swat_jax import batch_norm, dropout_bits, native, sparse_convolution
+from swat_jax import (
+    batch_norm,
+    dropout_bits,
+    native,
+    sparse_conv_direct,
+    sparse_convolution,
+    vector_convolution,
+)
 from swat_jax.batch_norm import Vectors
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
 from swat_jax.sparse_convolution import Cut
+from swat_jax.sparsity import compact as compaction
 from swat_jax.sparsity import packing, thresholds, top_k
+from swat_jax.sparsity.compact import Compact
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_axes, varying_like
 
@@ -45,6 +56,9 @@ OPS = (
     "dropout_bits",
     "fold",
     "sparse_conv",
+    "compact",
+    "sparse_conv_direct",
+    "sparse_conv_vector",
 )
 _BACKENDS = ("cuda", "xla")
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -524,6 +538,32 @@ def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
     return kernel(words) if size >= _TWIN_LIMIT else _choose(kernel, twin, words)
 
 
+def compact(kernel: jax.Array, vector: int, chunk: int, multiple: int) -> Compact:
+    """What is kept of a sparse kernel; see `swat_jax.sparsity.compact.compact`."""
+    twin = functools.partial(compaction.compact, vector=vector, chunk=chunk, multiple=multiple)
+    groups, chunks, _, room = compaction.sizes(kernel.shape, vector, chunk, multiple)
+    if not _has_kernel("compact", kernel.dtype) or kernel.size == 0:
+        return twin(kernel)
+
+    def call(kernel: jax.Array) -> Compact:
+        starts = jax.ShapeDtypeStruct((groups, chunks + 1), jnp.int32)
+        values, positions, starts, _ = _call(
+            "compact",
+            (
+                jax.ShapeDtypeStruct((groups, chunks * room, vector), kernel.dtype),
+                jax.ShapeDtypeStruct((groups, chunks * room), jnp.int32),
+                *(starts, starts),
+            ),
+            kernel,
+            vector=np.int64(vector),
+            chunk=np.int64(chunk),
+            multiple=np.int64(multiple),
+        )
+        return Compact(values, positions, starts)
+
+    return _choose(call, twin, kernel)
+
+
 def takes_weight_gradient(
     conv: Convolution, x: jax.Array, kernel: jax.Array, is_packed: bool
 ) -> bool:
@@ -624,6 +664,221 @@ def sparse_conv_weight_gradient(
     if not _has_kernel("sparse_conv", packed.dtype):
         return twin(packed, limit, dy)
     return _choose(call, twin, packed, limit, dy)
+
+
+def sparse_conv_forward(
+    x: jax.Array,
+    kernel: jax.Array,
+    conv: Convolution,
+    cut: sparse_conv_direct.Cut | None = None,
+) -> jax.Array:
+    """A convolution with sparse weights; see `swat_jax.sparse_conv_direct.forward`.
+
+    Zeros of ``kernel`` are not multiplied. What is not finite in ``x`` may reach, as in a dense
+    product, output channels whose weight for it is zero.
+
+    Args:
+      x: (N, height, width, in), of float32, bfloat16 or float16.
+      kernel: (rows, columns, in, out), of the same type, zeros where nothing is kept.
+      conv: the convolution.
+      cut: how the CUDA kernel's work is cut; None: as `swat_jax.sparse_conv_direct.cut` does. The
+        bits of the result depend on its chunk, and on nothing else.
+
+    Returns:
+      (N, rows, columns, out), of the same type.
+
+    Raises:
+      UsageError: for what `swat_jax.sparse_conv_direct.refusal` refuses, types that differ, or a
+        cut that there is not.
+    """
+    if reason := sparse_conv_direct.refusal(conv, x.shape, x.dtype, kernel.shape):
+        raise UsageError(f"x and kernel have no sparse convolution: {reason}")
+    if kernel.dtype != x.dtype or kernel.shape[-2] != x.shape[-1]:
+        raise UsageError(
+            f"kernel must have the type and channels of x, {x.dtype} and {x.shape[-1]}; got "
+            f"{kernel.dtype}{list(kernel.shape)}"
+        )
+    return _sparse_conv_direct(
+        x, kernel, conv, cut, lambda x, kernel: sparse_conv_direct.forward(x, kernel, conv)
+    )
+
+
+def sparse_conv_input_gradient(
+    dy: jax.Array,
+    kernel: jax.Array,
+    conv: Convolution,
+    size: tuple[int, int],
+    cut: sparse_conv_direct.Cut | None = None,
+) -> jax.Array:
+    """The gradient of its input; see `swat_jax.sparse_conv_direct.input_gradient`.
+
+    Args:
+      dy: (N, rows, columns, out), the gradient of the output, of float32, bfloat16 or float16.
+      kernel: (rows, columns, in, out), of the same type, zeros where nothing is kept.
+      conv: the convolution, at stride 1.
+      size: height and width of the input.
+      cut: as in `sparse_conv_forward`, of ``dy`` and the transposed kernel.
+
+    Returns:
+      (N, *size, in), of the same type.
+
+    Raises:
+      UsageError: for what `swat_jax.sparse_conv_direct.gradient_refusal` refuses, shapes or types
+        that do not fit, or a cut that there is not.
+    """
+    shape = (dy.shape[0], *size, kernel.shape[-2])
+    if reason := sparse_conv_direct.gradient_refusal(conv, shape, dy.dtype, kernel.shape):
+        raise UsageError(f"dy and kernel have no sparse input gradient: {reason}")
+    output = (dy.shape[0], *sparse_conv_direct.results(conv, size, kernel.shape[:-2]))
+    if kernel.dtype != dy.dtype or dy.shape != (*output, kernel.shape[-1]):
+        raise UsageError(
+            f"dy must be like the output, {kernel.dtype}{[*output, kernel.shape[-1]]}; got "
+            f"{dy.dtype}{list(dy.shape)}"
+        )
+
+    def twin(dy: jax.Array, turned: jax.Array) -> jax.Array:
+        # Turned twice it is what it was.
+        return sparse_conv_direct.input_gradient(dy, compaction.transposed(turned), conv, size)
+
+    turned = sparse_conv_direct.transposed(conv, size, kernel.shape[:-2])
+    return _sparse_conv_direct(dy, compaction.transposed(kernel), turned, cut, twin)
+
+
+def _sparse_conv_direct(
+    x: jax.Array,
+    kernel: jax.Array,
+    conv: Convolution,
+    cut: sparse_conv_direct.Cut | None,
+    twin: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+    """A convolution that is not refused, by its CUDA kernel."""
+    window = kernel.shape[:-2]
+    result = (*sparse_conv_direct.results(conv, x.shape[1:-1], window), kernel.shape[-1])
+    y = jax.ShapeDtypeStruct((x.shape[0], *result), x.dtype)
+    if 0 in (*x.shape, *y.shape):
+        return varying_like(jnp.zeros(y.shape, y.dtype), x, kernel)
+    chosen = cut or sparse_conv_direct.cut(conv, x.shape, kernel.shape)
+    if chosen.tile not in sparse_conv_direct.TILES:
+        raise UsageError(f"cut.tile must be one of {sparse_conv_direct.TILES}, got {chosen.tile}")
+    if chosen.chunk not in (4, 8, 16, 32, 64, 128, 256):
+        raise UsageError(f"cut.chunk must be a power of two from 4 to 256, got {chosen.chunk}")
+    if not 1 <= chosen.columns <= result[1]:
+        raise UsageError(f"cut.columns must be in [1, {result[1]}], got {chosen.columns}")
+    if not _has_kernel("sparse_conv_direct", x.dtype):
+        return twin(x, kernel)
+
+    def call(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        lows = [low for low, _ in sparse_convolution.pads(conv, x.shape[1:-1], window)]
+        (found,) = _call(
+            "sparse_conv_direct",
+            (y,),
+            *(x, *compact(kernel, 1, chosen.chunk, sparse_conv_direct.MULTIPLE)),
+            window=np.array(window, np.int64),
+            strides=np.array(conv.strides, np.int64),
+            lows=np.array(lows, np.int64),
+            tile=np.array(chosen.tile, np.int64),
+            chunk=np.int64(chosen.chunk),
+            columns=np.int64(chosen.columns),
+        )
+        return found
+
+    return _choose(call, twin, x, kernel)
+
+
+def sparse_conv_vector_forward(
+    x: jax.Array,
+    kernel: jax.Array,
+    conv: Convolution,
+    vector: int,
+    cut: vector_convolution.Cut | None = None,
+) -> jax.Array:
+    """A convolution that skips dropped weights; see `swat_jax.vector_convolution.forward`.
+
+    It has no gradient of its own: who calls it defines one.
+
+    Args:
+      x: (N, height, width, in), of bfloat16 or float16.
+      kernel: (*window, in, out) of the same type, zero where it is dropped. What it skips are
+        vectors of zeros: ``vector`` output channels, from a multiple of it on, of one input channel
+        and place in the window.
+      conv: the convolution.
+      vector: 8, 16 or 32, and a divisor of ``out``.
+      cut: how the CUDA kernel's work is cut; None: as `swat_jax.vector_convolution.cut` does. The
+        bits of the result depend on it, and on nothing else.
+
+    Returns:
+      (N, rows, columns, out), of the type of ``x``: sums in float32, rounded once.
+
+    Raises:
+      UsageError: for what `swat_jax.vector_convolution.refusal` refuses, types that do not fit, or
+        a cut that there is not.
+    """
+    if kernel.dtype != x.dtype:
+        raise UsageError(f"kernel must be {x.dtype} like x, got {kernel.dtype}")
+    room = _shared_room()
+    reason = vector_convolution.refusal(conv, x.shape, x.dtype, kernel.shape, vector, room)
+    if reason:
+        raise UsageError(f"there is no product that skips vectors: {reason}")
+    output = jax.eval_shape(dataclasses.replace(conv, folds=False), x, kernel)
+    if 0 in (*x.shape, *kernel.shape, *output.shape):
+        return varying_like(jnp.zeros(output.shape, x.dtype), x, kernel)
+    if cut is None:
+        cut = vector_convolution.cut(conv, x.shape, kernel.shape, room)
+    if cut.tile not in vector_convolution.TILES:
+        raise UsageError(f"cut.tile must be one of {vector_convolution.TILES}, got {cut.tile}")
+    if not 1 <= cut.height <= cut.tile[0] or cut.tile[0] % cut.height:
+        raise UsageError(f"cut.height must divide {cut.tile[0]}, got {cut.height}")
+    if cut.chunk not in (32, 64, 128, 256, 512, 1024):
+        raise UsageError(f"cut.chunk must be a power of 2 from 32 to 1024, got {cut.chunk}")
+    if (needed := vector_convolution.shared_bytes(conv, kernel.shape, cut)) > room:
+        raise UsageError(f"cut must fit in {room} bytes of shared memory, got one of {needed}")
+
+    def call(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        options = _vector_options(conv, x.shape, kernel.shape, vector, cut)
+        lists = _vector_lists(kernel, vector, cut, options)
+        result = jax.ShapeDtypeStruct(output.shape, x.dtype)
+        return _call("sparse_conv_vector_forward", (result,), x, *lists, **options)[0]
+
+    twin = functools.partial(vector_convolution.forward, conv=conv)
+    if not _has_kernel("sparse_conv_vector", x.dtype):
+        return twin(x, kernel)
+    return _choose(call, twin, x, kernel)
+
+
+def _vector_lists(
+    kernel: jax.Array, vector: int, cut: vector_convolution.Cut, options: dict[str, Any]
+) -> list[jax.Array]:
+    """What `sparse_conv_vector_forward` reads of the weights: offsets, values, lengths."""
+    segments, entries = vector_convolution.segments(kernel.shape, vector, cut)
+    sizes = (entries, entries * vector // 2, 1)
+    results = tuple(_words(segments * size) for size in sizes)
+    return _call("sparse_conv_vector_lists", results, kernel, **options)
+
+
+def _vector_options(
+    conv: Convolution,
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    vector: int,
+    cut: vector_convolution.Cut,
+) -> dict[str, Any]:
+    """What both kernels of `sparse_conv_vector_forward` are told."""
+    lows = [low for low, _ in sparse_convolution.pads(conv, shape[1:-1], kernel[:-2])]
+    pairs = {"window": kernel[:-2], "strides": conv.strides, "lows": lows, "tile": cut.tile}
+    numbers = {"vector": vector, "height": cut.height, "chunk": cut.chunk}
+    return {
+        **{name: np.array(value, np.int64) for name, value in pairs.items()},
+        **{name: np.int64(value) for name, value in numbers.items()},
+    }
+
+
+def _shared_room() -> int:
+    """Bytes of shared memory that a block of the GPU may have; another device is not asked."""
+    if jax.default_backend() != "gpu":
+        return vector_convolution.LARGE_ROOM
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    kilobytes = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+    return kilobytes.get(capability, 99) * 1024
 
 
 def _has_matrix_units() -> bool:

@@ -37,6 +37,10 @@ HANDLERS = (
     "max_pool_gradient",
     "dropout_bits",
     "sparse_conv_weight_gradient",
+    "compact",
+    "sparse_conv_direct",
+    "sparse_conv_vector_lists",
+    "sparse_conv_vector_forward",
 )
 
 

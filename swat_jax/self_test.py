@@ -8,10 +8,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from swat_jax import batch_norm, dropout_bits, kernels, sparse_convolution
+from swat_jax import (
+    batch_norm,
+    dropout_bits,
+    kernels,
+    sparse_conv_direct,
+    sparse_convolution,
+    vector_convolution,
+)
 from swat_jax.convolution import Convolution
 from swat_jax.max_pool import Pool
-from swat_jax.sparsity import packing, top_k
+from swat_jax.sparsity import compact, packing, top_k
 
 _SHAPE = (1234, 96)  # neither a multiple of a tile nor a power of two
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -153,6 +160,66 @@ def _sparse_conv() -> str:
     return ""
 
 
+def _sparse_conv_vector() -> str:
+    # Whole numbers: exact in any order of sums, and rounded once.
+    conv = Convolution((1, 1), "SAME", (1, 1), (1, 1))
+    for vector in vector_convolution.VECTORS:
+        keys = jax.random.split(jax.random.key(vector), 3)
+        x = jax.random.randint(keys[0], (9, 7, 10, 72), -4, 5).astype(jnp.bfloat16)
+        kept = jax.random.bernoulli(keys[1], 0.2, (3, 3, 72, 96 // vector))
+        kernel = jax.random.randint(keys[2], (3, 3, 72, 96), -4, 5) * jnp.repeat(kept, vector, -1)
+        kernel = kernel.astype(jnp.bfloat16)
+        found = jax.jit(
+            lambda x, kernel, v=vector: kernels.sparse_conv_vector_forward(x, kernel, conv, v)
+        )(x, kernel)
+        expected = vector_convolution.forward(x, kernel, conv)
+        if message := _differs(f"vectors of {vector}", found, expected):
+            return message
+    return ""
+
+
+def _compact(dtype: Any) -> str:
+    kernel = jax.random.normal(jax.random.key(4), (3, 3, 40, 96)).astype(dtype)
+    kernel = top_k.sparsify(kernel, 1.3)
+    for vector in compact.VECTORS:
+        numbers = (vector, 16, 2)
+        found = jax.jit(lambda kernel, n=numbers: kernels.compact(kernel, *n))(kernel)
+        values, positions, starts = compact.compact(kernel, *numbers)
+        if message := _differs(f"starts of vectors of {vector}", found.starts, starts):
+            return message
+        is_there = jnp.arange(positions.shape[1]) < starts[:, -1:]
+        expected = (jnp.where(is_there[..., None], values, 0), jnp.where(is_there, positions, 0))
+        parts = (
+            jnp.where(is_there[..., None], found.values, 0),
+            jnp.where(is_there, found.positions, 0),
+        )
+        if message := _differs(f"vectors of {vector}", parts, expected):
+            return message
+    return ""
+
+
+def _sparse_conv_direct(dtype: Any) -> str:
+    ones, keys = (1, 1), jax.random.split(jax.random.key(5), 3)
+    x = jax.random.normal(keys[0], (3, 13, 14, 40)).astype(dtype)
+    for window, strides in (((1, 1), ones), ((3, 3), ones), ((3, 3), (2, 2))):
+        conv = Convolution(strides, "SAME", ones, ones)
+        kernel = top_k.sparsify(jax.random.normal(keys[1], (*window, 40, 72)).astype(dtype), 1.3)
+        y = jax.jit(lambda x, k, c=conv: kernels.sparse_conv_forward(x, k, c))(x, kernel)
+        expected = sparse_conv_direct.forward(x, kernel, conv)
+        if message := _differs(f"output of {window}", y, expected, _BOUNDS[dtype]):
+            return message
+        if strides != ones:
+            continue
+        dy, size = jax.random.normal(keys[2], y.shape).astype(dtype), (13, 14)
+        dx = jax.jit(lambda dy, k, c=conv: kernels.sparse_conv_input_gradient(dy, k, c, (13, 14)))(
+            dy, kernel
+        )
+        expected = sparse_conv_direct.input_gradient(dy, kernel, conv, size)
+        if message := _differs(f"gradient of {window}", dx, expected, _BOUNDS[dtype]):
+            return message
+    return ""
+
+
 SELF_TESTS: dict[str, Callable[[], str]] = {
     "threshold": _for_each_type(_threshold),
     "pack": _for_each_type(_pack),
@@ -161,4 +228,7 @@ SELF_TESTS: dict[str, Callable[[], str]] = {
     "max_pool": _for_each_type(_max_pool),
     "dropout_bits": _dropout_bits,
     "sparse_conv": _sparse_conv,
+    "compact": _for_each_type(_compact),
+    "sparse_conv_direct": _for_each_type(_sparse_conv_direct),
+    "sparse_conv_vector": _sparse_conv_vector,
 }

@@ -406,3 +406,50 @@ def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
     first, second = sparse_conv.lines(row)
     assert "3x3/2 16->8 @8" in first
     assert "128x128" in second
+
+
+def test_the_convs_with_sparse_weights_and_lines_of_their_table(load, monkeypatch):
+    sparse_conv, weights = load("sparse_conv"), load("sparse_weights")
+    networks = ["imagenet_resnet50", "wrn16_8"]
+    marks = [one for one in sparse_conv.problems(networks, every=True) if weights.is_mark(one)]
+    expected = {"3x3 128->128 @28", "3x3 256->256 @14", "3x3 512->512 @7"}
+    expected |= {"3x3 128->128 @32", "3x3 256->256 @16", "3x3 512->512 @8"}
+    assert {one.name for one in marks} == expected
+    assert all(weights.takes(one, op, jnp.float32) for one in marks for op in weights.OPS)
+
+    monkeypatch.setattr(sparse_conv, "COUNT", 1)
+    monkeypatch.setattr(sparse_conv, "REPEATS", 1)
+    small = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (8, 8), 1)
+    for op, dtype in (("forward", jnp.float32), ("input_gradient", jnp.bfloat16)):
+        row = weights.measure(small, op, dtype, 0.75, True, sparse_conv.milliseconds, 1e6)
+        size = jnp.dtype(dtype).itemsize
+        assert row["products"] == 9 * 16 * 8 * 128 / 4
+        assert row["bytes"] == size * (128 * 16 + 128 * 8 + 9 * 16 * 8)
+        assert row["error"] < (1e-5 if size == 4 else 2**-7)
+        assert (row["tf32_ms"] is None) == (size == 2)
+        first, second = weights.lines(row)
+        assert "3x3 16->8 @8" in first
+        assert len(second.split()) // 2 == len(row["cuts_ms"]) > 8
+    strided = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (4, 4), 2)
+    assert weights.takes(strided, "forward", jnp.float32)
+    assert not weights.takes(strided, "input_gradient", jnp.float32)
+
+
+def test_the_convs_of_sparse_conv_vector_and_one_line_of_its_table(load, monkeypatch):
+    load("sparse_conv")
+    vectors = load("sparse_conv_vector")
+    found = vectors.problems(["wrn16_8"], every=True)
+    marks = {one.name for one in found if vectors.is_mark(one)}
+    assert marks == {"3x3 128->128 @32", "3x3 256->256 @16", "3x3 512->512 @8"}
+    monkeypatch.setattr("sparse_conv.COUNT", 1)
+    monkeypatch.setattr("sparse_conv.REPEATS", 1)
+    small = vectors.Problem("wrn16_8", 2, (3, 3), (16, 24), (8, 8), (4, 4), 2)
+    assert vectors.takes(small, 8)
+    assert not vectors.takes(small, 16)
+    (row,) = vectors.measure(small, [8, 16], [0.75], True, (1e6, 1e6), 0.0)
+    assert 0.15 < row["operations"] / small.operations < 0.35
+    assert row["error"] < 2**-7
+    assert set(row["cuts_ms"]) == {"4x8x128/4/32", "8x4x128/4/32"}
+    first, second = vectors.lines(row)
+    assert "3x3/2 16->24 @8" in first
+    assert "8x4x128" in second

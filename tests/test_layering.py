@@ -30,6 +30,7 @@ LEVELS = (
     },
     {"batch_norm", "max_pool", "dropout_bits", "convolution", "activations"},
     {"sparse_convolution"},
+    {"sparse_conv_direct", "vector_convolution"},
     {"kernels", "config_file"},
     {"functional", "self_test"},
     {"layers", "linen", "dropout"},

@@ -18,10 +18,13 @@
 
 #include "batch_norm.cu"
 #include "batch_norm_relu.cu"
+#include "compact.cu"
 #include "dropout.cu"
 #include "max_pool.cu"
 #include "pack.cu"
 #include "sparse_conv.cu"
+#include "sparse_conv_direct.cu"
+#include "sparse_conv_vector.cu"
 #include "thresholds.cu"
 
 namespace swat {
@@ -592,6 +595,198 @@ void run_sparse_convs(uint32_t scale, int repeats) {
   run_sparse_conv<T, 64, 64, true>(window, scale, 0.2, 2, repeats);
 }
 
+// A convolution with single sparse weights, and the compact form that it takes, of small whole numbers.
+template <typename T, int kUnits, int kOutputs>
+void run_sparse_conv_direct(const direct::Shape& shape, uint32_t chunk, uint32_t part, double share,
+                            int repeats) {
+  const direct::Plan plan(shape, 32 * kUnits, chunk, part);
+  const int64_t in = shape.in, out = shape.out, taps = shape.taps();
+  const int64_t pixels = int64_t{shape.rows} * shape.columns * shape.images;
+  const int64_t room = (taps * chunk + taps * chunk % 2) * plan.chunks;
+  std::mt19937 generator(6);
+  const auto draw = [&] { return static_cast<float>(static_cast<int>(generator() % 7) - 3); };
+  std::vector<T> x(int64_t{shape.images} * shape.height * shape.width * in);
+  std::vector<T> weights(taps * in * out, T(0.f));
+  for (T& value : x) value = T(draw());
+  for (T& value : weights) {
+    if (generator() % 1000 < share * 1000) value = T(draw());
+  }
+  std::vector<double> expected(pixels * out, 0.0);
+  for (int64_t q = 0; q < pixels; ++q) {
+    const int64_t image = q / (shape.rows * shape.columns);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t y = q / shape.columns % shape.rows * shape.strides[0] + tap / shape.window[1] -
+                        shape.lows[0];
+      const int64_t z = q % shape.columns * shape.strides[1] + tap % shape.window[1] - shape.lows[1];
+      if (y < 0 || z < 0 || y >= shape.height || z >= shape.width) continue;
+      for (int64_t i = 0; i < in; ++i) {
+        const double factor = host_float(x[((image * shape.height + y) * shape.width + z) * in + i]);
+        for (int64_t o = 0; o < out; ++o) {
+          expected[q * out + o] += factor * host_float(weights[(tap * in + i) * out + o]);
+        }
+      }
+    }
+  }
+  Buffer<T> input(x.size()), kernel(weights.size());
+  input.set(x), kernel.set(weights);
+  const Kept kept = {static_cast<int>(taps), static_cast<int>(in), static_cast<int>(out), 1,
+                     static_cast<int>(chunk), 2, static_cast<int>(out),
+                     static_cast<int>(plan.chunks), static_cast<int>(room)};
+  const dim3 blocks(static_cast<unsigned>((out + kLanes - 1) / kLanes), plan.chunks);
+  struct Side {
+    Buffer<T> values, y;
+    Buffer<int32_t> positions, starts, lengths;
+    cudaStream_t stream;
+  };
+  std::vector<std::unique_ptr<Side>> sides;
+  for (int s = 0; s < 2; ++s) {
+    const int64_t words = out * (plan.chunks + 1);
+    sides.push_back(std::unique_ptr<Side>(
+        new Side{Buffer<T>(out * room), Buffer<T>(pixels * out), Buffer<int32_t>(out * room),
+                 Buffer<int32_t>(words), Buffer<int32_t>(words), nullptr}));
+    check_cuda(cudaStreamCreateWithFlags(&sides[s]->stream, cudaStreamNonBlocking), "stream");
+  }
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (const auto& side : sides) {
+      count_kept_kernel<T><<<blocks, kThreads, 0, side->stream>>>(kept, kernel.get(),
+                                                                  side->lengths.get());
+      write_kept_kernel<T><<<blocks, kThreads, 0, side->stream>>>(
+          kept, kernel.get(), side->lengths.get(), side->values.get(), side->positions.get(),
+          side->starts.get());
+      const direct::Problem<T> problem = {plan, input.get(), side->values.get(),
+                                          side->positions.get(), side->starts.get(),
+                                          side->y.get(), static_cast<uint64_t>(room)};
+      const auto code = launch_direct<T, kUnits, kOutputs>(side->stream, problem);
+      check_cuda(code, "a convolution with single weights");
+    }
+    check_cuda(cudaDeviceSynchronize(), "a convolution with single weights");
+    for (const auto& side : sides) {
+      const auto found = side->y.read();
+      bool same = true;
+      for (size_t i = 0; i < found.size(); ++i) {
+        same &= host_float(found[i]) == host_float(T(static_cast<float>(expected[i])));
+      }
+      if (!same) std::printf("%d units, %d outputs:\n", kUnits, kOutputs);
+      expect(same, "a convolution with single weights");
+    }
+  }
+  for (const auto& side : sides) {
+    side->y.expect_zones_untouched("around the output of a sparse convolution");
+    side->values.expect_zones_untouched("around the values of a compact kernel");
+    side->positions.expect_zones_untouched("around the positions of a compact kernel");
+    side->starts.expect_zones_untouched("around the starts of a compact kernel");
+    check_cuda(cudaStreamDestroy(side->stream), "stream");
+  }
+}
+
+template <typename T>
+void run_sparse_convs_direct(uint32_t scale, int repeats) {
+  for (const double share : {0.1, 1.0}) {
+    const direct::Shape small = {scale + 2, 7, 7, 40, 7, 7, 36, {3, 3}, {1, 1}, {1, 1}};
+    run_sparse_conv_direct<T, 2, 8>(small, 16, 7, share, repeats);
+    run_sparse_conv_direct<T, 2, 16>(small, 32, 7, share, repeats);
+    run_sparse_conv_direct<T, 4, 8>(small, 16, 7, share, repeats);
+  }
+  const direct::Shape wide = {scale / 4 + 1, 9, 28, 12, 9, 28, 68, {3, 3}, {1, 1}, {1, 1}};
+  run_sparse_conv_direct<T, 4, 4>(wide, 8, 8, 0.2, repeats);
+  const direct::Shape stride = {scale + 1, 9, 8, 20, 5, 4, 12, {3, 3}, {2, 2}, {1, 1}};
+  run_sparse_conv_direct<T, 1, 8>(stride, 8, 4, 0.2, repeats);
+}
+
+// A convolution with vectors of weights, of small whole numbers, whose sums are exact.
+template <typename T, typename Tile>
+void run_sparse_conv_vector(vectors::Shape shape, double share, uint32_t height, uint32_t chunk,
+                            int repeats) {
+  vectors::Problem problem = {vectors::Plan(shape, Tile::V, Tile::kLines, height, Tile::kWide, Tile::kOut,
+                                            chunk),
+                              nullptr, {}, nullptr, 0, 0};
+  const vectors::Plan& plan = problem.plan;
+  problem.works = plan.works();
+  std::mt19937 generator(6);
+  const auto draw = [&] { return static_cast<float>(static_cast<int>(generator() % 9) - 4); };
+  std::vector<T> x(int64_t{shape.images} * shape.height * shape.width * shape.in);
+  std::vector<T> kernel(int64_t{shape.taps()} * shape.in * shape.out);
+  std::vector<T> expected(int64_t{shape.images} * shape.rows * shape.columns * shape.out);
+  for (T& value : x) value = T(draw());
+  for (size_t i = 0; i < kernel.size(); i += Tile::V) {
+    const bool is_kept = generator() % 1000 < share * 1000;
+    for (int v = 0; v < Tile::V; ++v) kernel[i + v] = T(is_kept ? draw() : 0.f);
+  }
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const size_t o = i % shape.out, pixel = i / shape.out, column = pixel % shape.columns;
+    const size_t row = pixel / shape.columns % shape.rows, image = pixel / shape.columns / shape.rows;
+    double sum = 0;
+    for (uint32_t tap = 0; tap < shape.taps(); ++tap) {
+      const size_t y = row * shape.strides[0] + tap / shape.window[1] - shape.lows[0];
+      const size_t z = column * shape.strides[1] + tap % shape.window[1] - shape.lows[1];
+      if (y >= shape.height || z >= shape.width) continue;
+      for (size_t in = 0; in < shape.in; ++in) {
+        sum += host_float(x[((image * shape.height + y) * shape.width + z) * shape.in + in]) *
+               host_float(kernel[(tap * shape.in + in) * shape.out + o]);
+      }
+    }
+    expected[i] = T(static_cast<float>(sum));
+  }
+  Buffer<T> input(x.size()), weights(kernel.size());
+  input.set(x), weights.set(kernel);
+  const int64_t segments = int64_t{plan.groups} * plan.chunks, entries = segments * plan.room;
+  std::vector<std::unique_ptr<Buffer<uint32_t>>> offsets, values, steps;
+  std::vector<std::unique_ptr<Buffer<T>>> result;
+  cudaStream_t streams[2];
+  for (cudaStream_t& stream : streams) {
+    check_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+    offsets.push_back(std::make_unique<Buffer<uint32_t>>(entries));
+    values.push_back(std::make_unique<Buffer<uint32_t>>(entries * Tile::V / 2));
+    steps.push_back(std::make_unique<Buffer<uint32_t>>(segments));
+    result.push_back(std::make_unique<Buffer<T>>(expected.size()));
+  }
+  for (int repeat = 0; repeat < repeats; ++repeat) {
+    for (int s = 0; s < 2; ++s) {
+      problem.x = reinterpret_cast<const uint16_t*>(input.get());
+      problem.y = reinterpret_cast<uint16_t*>(result[s]->get());
+      problem.lists = {offsets[s]->get(), values[s]->get(), steps[s]->get()};
+      check_cuda(launch_arrange<Tile::V>(streams[s], plan, problem.lists,
+                                         reinterpret_cast<const uint16_t*>(weights.get())),
+                 "lists of vectors");
+      check_cuda((launch_forward<T, Tile>(streams[s], problem)), "product with vectors");
+    }
+    check_cuda(cudaDeviceSynchronize(), "product with vectors");
+    for (const auto& one : result) {
+      const auto found = one->read();
+      bool same = true;
+      for (size_t i = 0; i < found.size(); ++i) same &= host_float(found[i]) == host_float(expected[i]);
+      if (!same) std::printf("vector %d, tile %d x %d x %d:\n", Tile::V, Tile::kLines, Tile::kWide, Tile::kOut);
+      expect(same, "product with vectors of weights");
+    }
+  }
+  for (int s = 0; s < 2; ++s) {
+    offsets[s]->expect_zones_untouched("around the positions of vectors");
+    values[s]->expect_zones_untouched("around the values of vectors");
+    steps[s]->expect_zones_untouched("around the lengths of lists");
+    result[s]->expect_zones_untouched("around the product with vectors");
+    check_cuda(cudaStreamDestroy(streams[s]), "stream");
+  }
+}
+
+template <typename T>
+void run_sparse_conv_vectors(uint32_t scale, int repeats) {
+  scale = std::min(scale, 8u);  // the host takes long
+  const auto same = [&](uint32_t images, uint32_t size, uint32_t in, uint32_t out) {
+    return vectors::Shape{images, size, size, in, size, size, out, {3, 3}, {1, 1}, {1, 1}};
+  };
+  using vectors::Tile;
+  for (const double share : {0.0, 0.2, 1.0}) {
+    run_sparse_conv_vector<T, Tile<16, 4, 8, 128>>(same(2 * scale, 9, 40, 144), share, 4, 32, repeats);
+  }
+  run_sparse_conv_vector<T, Tile<8, 4, 8, 128>>(same(scale, 8, 24, 72), 0.2, 4, 32, repeats);
+  run_sparse_conv_vector<T, Tile<32, 4, 8, 128>>(same(2 * scale, 7, 40, 64), 0.2, 4, 32, repeats);
+  run_sparse_conv_vector<T, Tile<16, 8, 4, 128>>(same(4 * scale, 4, 40, 32), 0.2, 4, 32, repeats);
+  run_sparse_conv_vector<T, Tile<32, 8, 8, 64>>({scale, 12, 9, 72, 12, 9, 64, {1, 1}, {1, 1}, {0, 0}}, 0.2,
+                                                8, 32, repeats);
+  run_sparse_conv_vector<T, Tile<16, 4, 8, 64>>({scale, 12, 9, 40, 4, 5, 64, {1, 3}, {3, 2}, {0, 1}}, 0.2, 4,
+                                                32, repeats);
+}
+
 template <typename T>
 void run_all(int64_t scale, int repeats) {
   run_thresholds<T>(scale, repeats);
@@ -615,6 +810,11 @@ int main(int argc, char** argv) {
   swat::run_all<__half>(scale, repeats);
   swat::run_sparse_convs<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
   swat::run_sparse_convs<__half>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_convs_direct<float>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_convs_direct<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_convs_direct<__half>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_conv_vectors<__nv_bfloat16>(static_cast<uint32_t>(scale), repeats);
+  swat::run_sparse_conv_vectors<__half>(static_cast<uint32_t>(scale), repeats);
   swat::run_max_pool();
   swat::run_dropout(scale);
   swat::expect(swat::guesses > 0, "guesses");

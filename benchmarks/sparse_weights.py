@@ -1,0 +1,173 @@
+"""Output and input gradient of convs with sparse weights: what `sparse_conv.py --op` measures.
+
+`dense` is XLA's product of dense operands with the masked kernel, in float32 without
+TensorFloat-32; `tf32` is the same with it. `compact` is how long the compact form of the kernel
+takes alone, and `sparse` all that the sparse convolution takes, that included. `floor` is what the
+bytes (operands and result) take at the rate of a device-to-device copy, or the loads from shared
+memory at that of a large GPU, four bytes for every product of a kept weight, whichever is more.
+`error` is what the sparse result differs from the dense one, of the largest value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from swat_jax import kernels, sparse_conv_direct
+from swat_jax.sparse_conv_direct import Cut
+from swat_jax.sparsity import compact, top_k
+
+OPS = ("forward", "input_gradient")
+# Bytes per millisecond that 132 multiprocessors load from shared memory at 1.755 GHz.
+SHARED_RATE = 132 * 128 * 1.755e6
+# Shared memory of a block, two of which fit into a multiprocessor of that GPU; cuts of a tile.
+SHARED, CUTS_OF_TILE = 113 * 2**10, 4
+HEADER = (
+    f"{'network':18} {'conv':24} {'s_W':>5} {'dense':>8} {'tf32':>8} {'compact':>8} {'sparse':>8} "
+    f"{'floor':>8} {'gain':>6} {'cut':>14} {'error':>8}"
+)
+
+
+def is_mark(problem: Any) -> bool:
+    """Whether it has to be twice as fast as the dense product in float32, at 90 % and forward."""
+    return problem.window == (3, 3) and problem.stride == 1 and min(problem.channels) >= 128
+
+
+def takes(problem: Any, op: str, dtype: Any) -> bool:
+    """Whether there is a kernel for it."""
+    refused = {
+        "forward": sparse_conv_direct.refusal,
+        "input_gradient": sparse_conv_direct.gradient_refusal,
+    }[op]
+    shape, kernel = _shapes(problem)
+    return not refused(problem.conv, shape, dtype, kernel)
+
+
+def name_of(cut: Cut) -> str:
+    """Pixels and output channels of a block, input channels of a chunk, columns."""
+    return f"{cut.tile[0]}x{cut.tile[1]}/{cut.chunk}/{cut.columns}"
+
+
+def measure(
+    problem: Any,
+    op: str,
+    dtype: Any,
+    sparsity: float,
+    every_tile: bool,
+    milliseconds: Callable[..., float],
+    copy_rate: float,
+) -> dict[str, Any]:
+    """One line of the table.
+
+    Args:
+      problem: the conv, `sparse_conv.Problem`.
+      op: one of `OPS`.
+      dtype: of all operands.
+      sparsity: of the kernel, by magnitude.
+      every_tile: whether several cuts of every tile are timed.
+      milliseconds: how long a call takes on operands.
+      copy_rate: bytes per millisecond.
+    """
+    conv, (shape, weights) = problem.conv, _shapes(problem)
+    result = (problem.batch, *problem.result, problem.channels[1])
+    keep = top_k.keep_count(sparsity, math.prod(weights))
+    is_forward = op == "forward"
+
+    @jax.jit
+    def make() -> Any:
+        keys = jax.random.split(jax.random.key(0), 2)
+        kernel = jax.random.normal(keys[0], weights, dtype) / math.sqrt(math.prod(weights[:-1]))
+        kernel = kernels.sparsify(kernel, kernels.threshold(kernel, keep))
+        values = jax.random.normal(keys[1], shape if is_forward else result, dtype)
+        return values, kernel
+
+    values, kernel = make()
+
+    def product(precision: Any, values: Any, kernel: Any) -> Any:
+        plain = dataclasses.replace(conv, precision=precision)
+        if is_forward:
+            return plain(values, kernel)
+        like = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.linear_transpose(lambda x: plain(x, kernel), like)(values)[0]
+
+    dense = functools.partial(product, lax.Precision.HIGHEST)
+    turned, operand, of = conv, values.shape, weights
+    if not is_forward:
+        turned = sparse_conv_direct.transposed(conv, shape[1:-1], weights[:2])
+        of = (*weights[:2], weights[3], weights[2])
+    chosen = sparse_conv_direct.cut(turned, operand, of)
+
+    def sparse(cut: Cut, values: Any, kernel: Any) -> Any:
+        if is_forward:
+            return kernels.sparse_conv_forward(values, kernel, conv, cut)
+        return kernels.sparse_conv_input_gradient(values, kernel, conv, problem.size, cut)
+
+    def made(kernel: Any) -> Any:
+        own = kernel if is_forward else compact.transposed(kernel)
+        found = kernels.compact(own, 1, chosen.chunk, sparse_conv_direct.MULTIPLE)
+        # Nothing of it is left out, and reading one value of each costs next to nothing.
+        return sum(part.ravel()[:1].astype(jnp.float32) for part in lax.optimization_barrier(found))
+
+    @jax.jit
+    def error(values: Any, kernel: Any) -> jax.Array:
+        expected = dense(values, kernel).astype(jnp.float32)
+        difference = sparse(chosen, values, kernel).astype(jnp.float32) - expected
+        return jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))
+
+    cuts = {name_of(chosen): chosen}
+    for tile in sparse_conv_direct.TILES if every_tile else ():
+        found = sparse_conv_direct.cuts(turned, operand, of, SHARED)
+        own = [cut for cut in found if cut.tile == tile]
+        cuts |= {name_of(cut): cut for cut in own[:CUTS_OF_TILE]}
+    times = {
+        name: milliseconds(functools.partial(sparse, cut), values, kernel)
+        for name, cut in cuts.items()
+    }
+    products = problem.operations / 2 * keep / math.prod(weights)
+    moved = values.dtype.itemsize * (math.prod(shape) + math.prod(result) + math.prod(weights))
+    is_wide = jnp.dtype(dtype) == jnp.float32
+    row = {
+        **dataclasses.asdict(problem),
+        "name": problem.name,
+        "op": op,
+        "sparsity": sparsity,
+        "dense_ms": milliseconds(dense, values, kernel),
+        "tf32_ms": milliseconds(functools.partial(product, None), values, kernel)
+        if is_wide
+        else None,
+        "compact_ms": milliseconds(made, kernel),
+        "sparse_ms": times[name_of(chosen)],
+        "cut": name_of(chosen),
+        "cuts_ms": times,
+        "bytes": moved,
+        "products": products,
+        "error": float(error(values, kernel)),
+    }
+    row["floor_ms"] = max(moved / copy_rate, 4 * products / SHARED_RATE)
+    return row
+
+
+def lines(row: dict[str, Any]) -> Iterator[str]:
+    """A line of the table, and one of all cuts where there are several."""
+    tf32 = "" if row["tf32_ms"] is None else f"{row['tf32_ms']:.4f}"
+    yield (
+        f"{row['network']:18} {row['name']:24} {row['sparsity']:5} {row['dense_ms']:8.4f} "
+        f"{tf32:>8} {row['compact_ms']:8.4f} {row['sparse_ms']:8.4f} {row['floor_ms']:8.4f} "
+        f"{row['dense_ms'] / row['sparse_ms']:6.2f} {row['cut']:>14} {row['error']:8.1e}"
+    )
+    if len(row["cuts_ms"]) > 1:
+        best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
+        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)
+
+
+def _shapes(problem: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of input and kernel."""
+    shape = (problem.batch, *problem.size, problem.channels[0])
+    return shape, (*problem.window, *problem.channels)
