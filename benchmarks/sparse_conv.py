@@ -268,6 +268,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--op", default=ops[0], choices=ops, help="default: %(default)s")
     dtypes = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="default: %(default)s")
+    masks = ("unstructured", "channel")
+    parser.add_argument("--granularity", default=masks[0], choices=masks, help="of sparse weights")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--all", action="store_true", help="all windows of all networks")
     parser.add_argument("--tiles", action="store_true", help="every tile, not the chosen one only")
@@ -317,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
             if is_weights:
                 row = sparse_weights.measure(
                     problem, options.op, dtype, sparsity, options.tiles,
-                    lambda *call: milliseconds(*call) - idle, rates[0],
+                    lambda *call: milliseconds(*call) - idle, rates[0], options.granularity,
                 )  # fmt: skip
                 text = sparse_weights.lines(row)
             else:

@@ -4,7 +4,8 @@
 TensorFloat-32; `tf32` is the same with it. `compact` is how long the compact form of the kernel
 takes alone, and `sparse` all that the sparse convolution takes, that included. `floor` is what the
 bytes (operands and result) take at the rate of a device-to-device copy, or the loads from shared
-memory at that of a large GPU, four bytes for every product of a kept weight, whichever is more.
+memory at that of a large GPU, four bytes for every product of a kept weight (two, where windows are
+taken as a whole), whichever is more.
 `error` is what the sparse result differs from the dense one, of the largest value.
 """
 
@@ -23,6 +24,7 @@ from jax import lax
 from swat_jax import kernels, sparse_conv_direct
 from swat_jax.sparse_conv_direct import Cut
 from swat_jax.sparsity import compact, top_k
+from swat_jax.sparsity.granularity import masked_weights, units, weight_threshold
 
 OPS = ("forward", "input_gradient")
 # Bytes per millisecond that 132 multiprocessors load from shared memory at 1.755 GHz.
@@ -51,8 +53,8 @@ def takes(problem: Any, op: str, dtype: Any) -> bool:
 
 
 def name_of(cut: Cut) -> str:
-    """Pixels and output channels of a block, input channels of a chunk, columns."""
-    return f"{cut.tile[0]}x{cut.tile[1]}/{cut.chunk}/{cut.columns}"
+    """Pixels and output channels of a block, input channels of a chunk, columns; w: windows."""
+    return f"{cut.tile[0]}x{cut.tile[1]}/{cut.chunk}/{cut.columns}{'w' if cut.windows else ''}"
 
 
 def measure(
@@ -63,6 +65,7 @@ def measure(
     every_tile: bool,
     milliseconds: Callable[..., float],
     copy_rate: float,
+    granularity: str = "unstructured",
 ) -> dict[str, Any]:
     """One line of the table.
 
@@ -74,17 +77,19 @@ def measure(
       every_tile: whether several cuts of every tile are timed.
       milliseconds: how long a call takes on operands.
       copy_rate: bytes per millisecond.
+      granularity: of the mask, `unstructured` or `channel`.
     """
     conv, (shape, weights) = problem.conv, _shapes(problem)
     result = (problem.batch, *problem.result, problem.channels[1])
-    keep = top_k.keep_count(sparsity, math.prod(weights))
+    keep = top_k.keep_count(sparsity, units(weights, granularity))
     is_forward = op == "forward"
 
     @jax.jit
     def make() -> Any:
         keys = jax.random.split(jax.random.key(0), 2)
         kernel = jax.random.normal(keys[0], weights, dtype) / math.sqrt(math.prod(weights[:-1]))
-        kernel = kernels.sparsify(kernel, kernels.threshold(kernel, keep))
+        limit = weight_threshold(kernel, granularity, keep)
+        kernel = masked_weights(kernel, granularity, limit)
         values = jax.random.normal(keys[1], shape if is_forward else result, dtype)
         return values, kernel
 
@@ -102,7 +107,8 @@ def measure(
     if not is_forward:
         turned = sparse_conv_direct.transposed(conv, shape[1:-1], weights[:2])
         of = (*weights[:2], weights[3], weights[2])
-    chosen = sparse_conv_direct.cut(turned, operand, of)
+    windows = granularity == "channel"
+    chosen = sparse_conv_direct.cut(turned, operand, of, windows)
 
     def sparse(cut: Cut, values: Any, kernel: Any) -> Any:
         if is_forward:
@@ -111,7 +117,11 @@ def measure(
 
     def made(kernel: Any) -> Any:
         own = kernel if is_forward else compact.transposed(kernel)
-        found = kernels.compact(own, 1, chosen.chunk, sparse_conv_direct.MULTIPLE)
+        if chosen.windows:
+            own = sparse_conv_direct.by_windows(own)
+            found = kernels.compact(own, sparse_conv_direct.WINDOW, chosen.chunk, 1)
+        else:
+            found = kernels.compact(own, 1, chosen.chunk, sparse_conv_direct.MULTIPLE)
         # Nothing of it is left out, and reading one value of each costs next to nothing.
         return sum(part.ravel()[:1].astype(jnp.float32) for part in lax.optimization_barrier(found))
 
@@ -122,21 +132,24 @@ def measure(
         return jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))
 
     cuts = {name_of(chosen): chosen}
-    for tile in sparse_conv_direct.TILES if every_tile else ():
-        found = sparse_conv_direct.cuts(turned, operand, of, SHARED)
+    single = sparse_conv_direct.cut(turned, operand, of)
+    cuts[name_of(single)] = single  # to compare windows with
+    found = sparse_conv_direct.cuts(turned, operand, of, windows, SHARED)
+    for tile in {cut.tile for cut in found} if every_tile else ():
         own = [cut for cut in found if cut.tile == tile]
         cuts |= {name_of(cut): cut for cut in own[:CUTS_OF_TILE]}
     times = {
         name: milliseconds(functools.partial(sparse, cut), values, kernel)
         for name, cut in cuts.items()
     }
-    products = problem.operations / 2 * keep / math.prod(weights)
+    products = problem.operations / 2 * keep / units(weights, granularity)
     moved = values.dtype.itemsize * (math.prod(shape) + math.prod(result) + math.prod(weights))
     is_wide = jnp.dtype(dtype) == jnp.float32
     row = {
         **dataclasses.asdict(problem),
         "name": problem.name,
         "op": op,
+        "granularity": granularity,
         "sparsity": sparsity,
         "dense_ms": milliseconds(dense, values, kernel),
         "tf32_ms": milliseconds(functools.partial(product, None), values, kernel)
@@ -150,7 +163,8 @@ def measure(
         "products": products,
         "error": float(error(values, kernel)),
     }
-    row["floor_ms"] = max(moved / copy_rate, 4 * products / SHARED_RATE)
+    loads = 2 if chosen.windows else 4
+    row["floor_ms"] = max(moved / copy_rate, loads * products / SHARED_RATE)
     return row
 
 

@@ -72,17 +72,17 @@ struct DirectGpu {
 
 // Two blocks share a multiprocessor where their sums leave enough registers: while one stages, the
 // other one multiplies.
-template <typename T, int kUnits, int kOutputs>
+template <typename T, int kUnits, int kStrip, int kOutputs>
 __global__ void __launch_bounds__(kThreads, kUnits* kOutputs <= 16 ? 2 : 1)
     sparse_conv_direct_kernel(const __grid_constant__ direct::Problem<T> problem) {
   extern __shared__ uint4 dynamic[];
-  direct::forward<DirectGpu, kUnits, kOutputs>(DirectGpu{}, problem,
-                                               reinterpret_cast<unsigned char*>(dynamic));
+  direct::forward<DirectGpu, kUnits, kStrip, kOutputs>(
+      DirectGpu{}, problem, reinterpret_cast<unsigned char*>(dynamic));
 }
 
-template <typename T, int kUnits, int kOutputs>
+template <typename T, int kUnits, int kStrip, int kOutputs>
 cudaError_t launch_direct(cudaStream_t stream, const direct::Problem<T>& problem) {
-  const auto kernel = sparse_conv_direct_kernel<T, kUnits, kOutputs>;
+  const auto kernel = sparse_conv_direct_kernel<T, kUnits, kStrip, kOutputs>;
   const uint32_t shared = problem.plan.bytes();
   cudaError_t code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shared));
@@ -91,22 +91,29 @@ cudaError_t launch_direct(cudaStream_t stream, const direct::Problem<T>& problem
   code = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                               cudaSharedmemCarveoutMaxShared);
   if (code != cudaSuccess) return code;
-  const uint64_t blocks = direct::Part<kUnits, kOutputs>::blocks(problem.plan);
+  const uint64_t blocks = direct::Part<kUnits, kStrip, kOutputs>::blocks(problem.plan);
   kernel<<<static_cast<unsigned>(blocks), kThreads, shared, stream>>>(problem);
   return cudaGetLastError();
 }
 
-// TILES in swat_jax/sparse_conv_direct.py: pixels and output channels of a block.
+constexpr int64_t kStrip = 4;  // rows of a lane where windows are kept as a whole
+
+// TILES and WINDOW_TILES in swat_jax/sparse_conv_direct.py: pixels and output channels of a block.
 template <typename T>
 cudaError_t launch_direct_tile(cudaStream_t stream, const direct::Problem<T>& problem,
-                               int64_t pixels, int64_t outputs, bool& found) {
+                               int64_t pixels, int64_t outputs, bool windows, bool& found) {
   const auto is = [&](int64_t p, int64_t o) { return pixels == p && outputs == o; };
   found = true;
-  if (is(256, 64)) return launch_direct<T, 2, 8>(stream, problem);
-  if (is(256, 128)) return launch_direct<T, 2, 16>(stream, problem);
-  if (is(512, 32)) return launch_direct<T, 4, 4>(stream, problem);
-  if (is(512, 64)) return launch_direct<T, 4, 8>(stream, problem);
-  if (is(128, 64)) return launch_direct<T, 1, 8>(stream, problem);
+  if (windows) {
+    if (is(512, 32)) return launch_direct<T, 4, 4, 4>(stream, problem);
+    if (is(512, 64)) return launch_direct<T, 4, 4, 8>(stream, problem);
+  } else {
+    if (is(256, 64)) return launch_direct<T, 2, 1, 8>(stream, problem);
+    if (is(256, 128)) return launch_direct<T, 2, 1, 16>(stream, problem);
+    if (is(512, 32)) return launch_direct<T, 4, 1, 4>(stream, problem);
+    if (is(512, 64)) return launch_direct<T, 4, 1, 8>(stream, problem);
+    if (is(128, 64)) return launch_direct<T, 1, 1, 8>(stream, problem);
+  }
   found = false;
   return cudaSuccess;
 }
@@ -117,7 +124,8 @@ ffi::Error sparse_conv_direct(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuf
                               ffi::AnyBuffer positions, ffi::AnyBuffer starts,
                               ffi::Result<ffi::AnyBuffer> y, ffi::Span<const int64_t> window,
                               ffi::Span<const int64_t> strides, ffi::Span<const int64_t> lows,
-                              ffi::Span<const int64_t> tile, int64_t chunk, int64_t columns) {
+                              ffi::Span<const int64_t> tile, int64_t chunk, int64_t columns,
+                              bool windows) {
   constexpr const char* kOp = "sparse_conv_direct";
   if (window.size() != 2 || strides.size() != 2 || lows.size() != 2 || tile.size() != 2) {
     return invalid(std::string(kOp) + ": window, strides, lows and tile must have two numbers each");
@@ -161,16 +169,20 @@ ffi::Error sparse_conv_direct(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuf
       word(last(output, 3)), word(last(output, 2)), word(out),
       {word(window[0]), word(window[1])}, {word(strides[0]), word(strides[1])},
       {word(lows[0]), word(lows[1])}};
-  const int64_t run = tile[0] / direct::kImages;
+  if (windows && (window[0] != 3 || window[1] != 3 || strides[0] != 1 || strides[1] != 1)) {
+    return invalid(std::string(kOp) + ": windows must be 3x3 at stride 1 to be kept as a whole");
+  }
+  const int64_t strip = windows ? kStrip : 1, run = tile[0] / direct::kImages / strip;
   if (run < 32 || run > 1024) return invalid(std::string(kOp) + ": tile has no pixels");
-  const direct::Plan plan(shape, word(run), word(chunk), word(columns));
+  const direct::Plan plan(shape, word(run), word(strip), word(chunk), word(columns));
   const ffi::DataType type = x.element_type();
-  const int64_t size = plan.shape.taps() * chunk, chunks = plan.chunks;
-  const int64_t room = (size + direct::kMultiple - 1) / direct::kMultiple * direct::kMultiple * chunks;
+  const int64_t multiple = windows ? 1 : direct::kMultiple, each = windows ? direct::kRoom : 1;
+  const int64_t size = windows ? chunk : plan.shape.taps() * chunk, chunks = plan.chunks;
+  const int64_t room = (size + multiple - 1) / multiple * multiple * chunks;
   const int64_t of_x = count_of(x) / batch, of_y = count_of(*y) / batch;
   SWAT_RETURN_IF_ERROR(check(kOp, "x", x, type, batch * of_x, 16));
   SWAT_RETURN_IF_ERROR(check(kOp, "y", *y, type, batch * of_y, 16));
-  SWAT_RETURN_IF_ERROR(check(kOp, "values", values, type, batch * out * room, 2));
+  SWAT_RETURN_IF_ERROR(check(kOp, "values", values, type, batch * out * room * each, 16));
   SWAT_RETURN_IF_ERROR(check(kOp, "positions", positions, ffi::S32, batch * out * room));
   SWAT_RETURN_IF_ERROR(check(kOp, "starts", starts, ffi::S32, batch * out * (chunks + 1)));
   int device = 0, most = 0;
@@ -188,13 +200,14 @@ ffi::Error sparse_conv_direct(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuf
       const direct::Problem<T> problem = {
           plan,
           static_cast<const T*>(x.untyped_data()) + b * of_x,
-          static_cast<const T*>(values.untyped_data()) + b * out * room,
+          static_cast<const T*>(values.untyped_data()) + b * out * room * each,
           static_cast<const int32_t*>(positions.untyped_data()) + b * out * room,
           static_cast<const int32_t*>(starts.untyped_data()) + b * out * (chunks + 1),
           static_cast<T*>(y->untyped_data()) + b * of_y,
           static_cast<uint64_t>(room)};
       bool found = false;
-      const cudaError_t code = launch_direct_tile<T>(stream, problem, tile[0], tile[1], found);
+      const cudaError_t code = launch_direct_tile<T>(stream, problem, tile[0], tile[1],
+                                                        windows, found);
       if (!found) {
         return invalid(std::string(kOp) + ": there is no tile of " + std::to_string(tile[0]) +
                        " pixels and " + std::to_string(tile[1]) + " channels");
@@ -221,5 +234,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(swat_jax_sparse_conv_direct, swat::sparse_conv_dir
                                   .Attr<xla::ffi::Span<const int64_t>>("lows")
                                   .Attr<xla::ffi::Span<const int64_t>>("tile")
                                   .Attr<int64_t>("chunk")
-                                  .Attr<int64_t>("columns"),
+                                  .Attr<int64_t>("columns")
+                                  .Attr<bool>("windows"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

@@ -10,6 +10,10 @@
 // stay in registers. Chunk by chunk of input channels all threads stage what the run sees, with the
 // zeros around it; then every warp walks through the lists of its channels (`compact`).
 //
+// Where whole windows of 3x3 weights are kept or dropped together (the granularity `channel`), a lane
+// has four rows of one column instead, and an entry is a window: what a lane loads then serves several
+// of its products, and half the loads are left.
+//
 // How places are numbered: all images of four lie below each other, rows follow one another. Zeros
 // before the first column of a row are those after the last one of the row above, and so for images;
 // with strides every phase of rows and columns has a plane of its own, in which it lies densely.
@@ -41,12 +45,33 @@ constexpr uint32_t kUnitBytes = 16;
 constexpr uint32_t kBanks = 8;      // of 16 bytes
 constexpr uint32_t kMultiple = 2;   // of entries in a list: they are taken in pairs
 constexpr uint32_t kEntries = 32;   // that a warp has before it, one for every lane
+constexpr uint32_t kWindows = 8;    // the same, of windows: four lanes for each
+constexpr uint32_t kRoom = 16;      // values that a window has room for in the compact kernel
 constexpr int kAhead = 2;           // units of four channels that a thread requests together
 constexpr uint32_t kNowhere = ~0u;
 
 SWAT_INLINE uint32_t up(uint32_t value, uint32_t divisor) { return (value + divisor - 1) / divisor; }
 SWAT_INLINE uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
 SWAT_INLINE uint32_t most(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+SWAT_INLINE uint32_t to_bits(float value) {
+#ifdef __CUDA_ARCH__
+  return __float_as_uint(value);
+#else
+  uint32_t bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return bits;
+#endif
+}
+SWAT_INLINE float from_bits(uint32_t bits) {
+#ifdef __CUDA_ARCH__
+  return __uint_as_float(bits);
+#else
+  float value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+#endif
+}
 
 struct alignas(16) Four {
   float v[4];
@@ -57,6 +82,10 @@ struct alignas(8) Entry {
 };
 struct alignas(16) Pair {
   Entry entries[2];
+};
+// Nine weights, the offset of an entry, and two that nobody reads.
+struct Window {
+  Four fours[3];
 };
 
 // ---- The problem --------------------------------------------------------------------------------
@@ -71,25 +100,26 @@ struct Shape {
   SWAT_INLINE uint32_t groups() const { return up(images, kImages); }
 };
 
-// Where everything lies, for runs of `run` units, chunks of `chunk` input channels, which are a power of
-// two, and parts of `part` output columns.
+// Where everything lies, for runs of `run` slots, each of which is `strip` units below each other, chunks
+// of `chunk` input channels, which are a power of two, and parts of `part` output columns.
 struct Plan {
   Shape shape;
-  uint32_t run, chunk, part;
+  uint32_t run, strip, chunk, part;
   uint32_t bits;       // of a channel in its chunk
   uint32_t parts, chunks;
+  uint32_t strips;     // of an image
   uint32_t phases[2];  // of strides that the window has
   uint32_t taps[2];    // of a phase, at most
   uint32_t pitch;      // units from a row to the next one
   uint32_t tall;       // rows from four images to the next four
-  uint32_t lanes;      // units of an output row, some of which may be beyond its end
+  uint32_t lanes;      // slots of an output row, some of which may be beyond its end
   uint32_t plane;      // units of one phase of a channel
   uint32_t channel, quad;  // units of one channel, and of four
 
-  SWAT_INLINE Plan(const Shape& shape, uint32_t run, uint32_t chunk, uint32_t part)
-      : shape(shape), run(run), chunk(chunk), part(part) {
+  SWAT_INLINE Plan(const Shape& shape, uint32_t run, uint32_t strip, uint32_t chunk, uint32_t part)
+      : shape(shape), run(run), strip(strip), chunk(chunk), part(part) {
     for (bits = 0; (1u << bits) < chunk;) ++bits;
-    parts = up(shape.columns, part), chunks = up(shape.in, chunk);
+    parts = up(shape.columns, part), chunks = up(shape.in, chunk), strips = up(shape.rows, strip);
     uint32_t extents[2];
     for (int a = 0; a < 2; ++a) {
       const uint32_t input = a == 0 ? shape.height : shape.width;
@@ -114,19 +144,23 @@ struct Plan {
   }
   // Rows that a run can span.
   SWAT_INLINE uint32_t rows() const {
-    const uint64_t image = static_cast<uint64_t>(shape.rows) * lanes;
-    const uint32_t outputs = run % lanes == 0 ? run / lanes : (run - 2) / lanes + 2;
-    uint32_t ends = (outputs + shape.rows - 2) / shape.rows;  // of images
+    const uint64_t image = static_cast<uint64_t>(strips) * lanes;
+    const uint32_t lines = run % lanes == 0 ? run / lanes : (run - 2) / lanes + 2;
+    uint32_t ends = (lines + strips - 2) / strips;  // of images
     if (run % image == 0) ends = static_cast<uint32_t>(run / image) - 1;
     if (image % run == 0) ends = 0;
-    return outputs + ends * (tall - shape.rows);
+    return lines * strip + ends * (most(tall, strips * strip) - strips * strip);
   }
-  SWAT_INLINE uint32_t units() const { return shape.groups() * shape.rows * lanes; }  // of a part
-  SWAT_INLINE uint32_t runs() const { return up(units(), run); }
-  // The number of an output row among all rows; the rows that it sees begin there, too.
-  SWAT_INLINE uint32_t row(uint32_t unit) const {
-    const uint32_t line = unit / lanes, group = line / shape.rows;
-    return group * tall + line - group * shape.rows;
+  SWAT_INLINE uint32_t slots() const { return shape.groups() * strips * lanes; }  // of a part
+  SWAT_INLINE uint32_t runs() const { return up(slots(), run); }
+  // The number of a slot's first output row among all rows; the rows that it sees begin there, too.
+  SWAT_INLINE uint32_t row(uint32_t slot) const {
+    const uint32_t line = slot / lanes, group = line / strips;
+    return group * tall + (line - group * strips) * strip;
+  }
+  // Where a channel of a chunk begins.
+  SWAT_INLINE uint32_t at(uint32_t channel_of_chunk) const {
+    return channel_of_chunk / 4 * quad + channel_of_chunk % 4 * channel;
   }
   // Where a tap is, from the first one on.
   SWAT_INLINE uint32_t place(uint32_t tap) const {
@@ -150,7 +184,8 @@ struct Plan {
   static constexpr uint32_t kRing = kEntries + kMultiple;  // one pair is read in advance
   SWAT_INLINE uint32_t entries_at() const { return chunk / 4 * quad * kUnitBytes; }
   SWAT_INLINE uint32_t places_at() const {
-    return entries_at() + kWarpsOfBlock * 2 * kRing * static_cast<uint32_t>(sizeof(Entry));
+    const auto each = strip == 1 ? kRing * sizeof(Entry) : kWindows * sizeof(Window);
+    return entries_at() + kWarpsOfBlock * 2 * static_cast<uint32_t>(each);
   }
   SWAT_INLINE uint32_t pixels_at() const { return places_at() + 4 * shape.taps(); }
   SWAT_INLINE uint32_t bytes() const { return pixels_at() + 4 * channel; }
@@ -160,7 +195,7 @@ template <typename T>
 struct Problem {
   Plan plan;
   const T* x;
-  const T* values;  // of the compact kernel, `room` for each output channel
+  const T* values;  // of the compact kernel, `room` for each output channel, or so many windows
   const int32_t* positions;
   const int32_t* starts;
   T* y;
@@ -168,10 +203,13 @@ struct Problem {
 };
 
 // What one block makes: blocks of the same pixels follow one another, so that they meet in the cache.
-template <int kUnits, int kOutputs>
+// The units of a lane are kStrip below each other, of slots that are 32 apart.
+template <int kUnits, int kStrip, int kOutputs>
 struct Part {
-  static constexpr uint32_t kRun = 32 * kUnits, kOut = kWarpsOfBlock * kOutputs;
-  uint32_t first, part, out;  // the first unit, the part of the columns, the first output channel
+  static constexpr int kSlots = kUnits / kStrip;  // of a lane
+  static constexpr uint32_t kRun = 32 * kSlots, kOut = kWarpsOfBlock * kOutputs;
+  static_assert(kSlots * kStrip == kUnits && kOutputs % 4 == 0);
+  uint32_t first, part, out;  // the first slot, the part of the columns, the first output channel
 
   SWAT_INLINE Part(const Plan& plan, uint32_t block) {
     const uint32_t outs = up(plan.shape.out, kOut);
@@ -259,32 +297,148 @@ SWAT_DEVICE void multiply(const Entry* entries, uint32_t count, const unsigned c
   }
 }
 
+// The same for windows of 3x3 and a lane's units below each other, `pitch` bytes apart.
+template <int kUnits>
+SWAT_DEVICE void multiply_windows(const Window* windows, uint32_t count,
+                                  const unsigned char* activations, uint32_t base, uint32_t pitch,
+                                  float (&sums)[kUnits][4]) {
+#ifdef __CUDACC__
+#pragma unroll 1
+#endif
+  for (uint32_t i = 0; i < count; ++i) {
+    Four weights[3];
+    SWAT_UNROLL
+    for (int q = 0; q < 3; ++q) weights[q] = windows[i].fours[q];
+    const uint32_t start = base + to_bits(weights[2].v[1]);
+    SWAT_UNROLL
+    for (int x = 0; x < 3; ++x) {
+      Four loaded[kUnits + 2];
+      SWAT_UNROLL
+      for (int r = 0; r < kUnits + 2; ++r) {
+        loaded[r] = *reinterpret_cast<const Four*>(activations + (start + r * pitch) +
+                                                   x * kUnitBytes);
+      }
+      SWAT_UNROLL
+      for (int y = 0; y < 3; ++y) {
+        const float weight = weights[(3 * y + x) / 4].v[(3 * y + x) % 4];
+        SWAT_UNROLL
+        for (int u = 0; u < kUnits; ++u) {
+          SWAT_UNROLL
+          for (int v = 0; v < 4; ++v) sums[u][v] += weight * loaded[u + y].v[v];
+        }
+      }
+    }
+  }
+}
+
+// ---- Lists --------------------------------------------------------------------------------------
+
+// What a warp has before it of a list of the compact kernel: requested early, then put into shared
+// memory for all lanes.
+template <typename Gpu, typename T, int kUnits>
+struct Weights {
+  using Element = Entry;
+  static constexpr uint32_t kEach = kEntries, kRing = Plan::kRing;
+  const uint32_t lane;
+  const uint32_t* places;
+  uint32_t bases[kUnits];
+  float value = 0.f;
+  uint32_t position = 0;
+
+  SWAT_DEVICE Weights(const Gpu& gpu, const uint32_t* places)
+      : lane(gpu.thread() % 32), places(places) {}
+
+  // Entries [from, to) of the list that begins at `list`.
+  SWAT_DEVICE void request(const Gpu& gpu, const Problem<T>& problem, uint64_t list, uint32_t from,
+                           uint32_t to) {
+    const bool is_there = from + lane < to;
+    value = gpu.weight(problem.values + list + from + lane, is_there);
+    position = gpu.load_if(is_there, problem.positions + list + from + lane);
+  }
+  SWAT_DEVICE void put(const Gpu&, const Plan& plan, Entry* to) const {
+    const uint32_t channel = position & (plan.chunk - 1);
+    to[lane] = {value, (places[position >> plan.bits] + plan.at(channel)) * kUnitBytes};
+  }
+  SWAT_DEVICE void multiply_all(const Plan&, const Entry* entries, uint32_t count,
+                                const unsigned char* activations, float (&sums)[kUnits][4]) const {
+    multiply(entries, count, activations, bases, sums);
+  }
+};
+
+// The same, of windows: four lanes for each.
+template <typename Gpu, typename T, int kUnits>
+struct Windows {
+  using Element = Window;
+  static constexpr uint32_t kEach = kWindows, kRing = kWindows;
+  const uint32_t own, quarter;
+  uint32_t bases[1];
+  Four four = {{0.f, 0.f, 0.f, 0.f}};
+  uint32_t position = 0;
+
+  SWAT_DEVICE Windows(const Gpu& gpu, const uint32_t*)
+      : own(gpu.thread() % 32 / 4), quarter(gpu.thread() % 4) {}
+
+  SWAT_DEVICE void request(const Gpu& gpu, const Problem<T>& problem, uint64_t list, uint32_t from,
+                           uint32_t to) {
+    const bool is_there = from + own < to && quarter < 3;
+    const uint64_t at = list + from + own;
+    four = gpu.four(problem.values + at * kRoom + quarter * 4, is_there);
+    position = gpu.load_if(is_there, problem.positions + at);
+  }
+  SWAT_DEVICE void put(const Gpu&, const Plan& plan, Window* to) const {
+    if (quarter == 3) return;
+    Four mine = four;
+    if (quarter == 2) mine.v[1] = from_bits(plan.at(position) * kUnitBytes);
+    to[own].fours[quarter] = mine;
+  }
+  SWAT_DEVICE void multiply_all(const Plan& plan, const Window* windows, uint32_t count,
+                                const unsigned char* activations, float (&sums)[kUnits][4]) const {
+    multiply_windows(windows, count, activations, bases[0], plan.pitch * kUnitBytes, sums);
+  }
+};
+
+template <typename Gpu, typename T, int kUnits, int kStrip>
+struct ListOf {
+  using Type = Windows<Gpu, T, kUnits>;
+};
+template <typename Gpu, typename T, int kUnits>
+struct ListOf<Gpu, T, kUnits, 1> {
+  using Type = Weights<Gpu, T, kUnits>;
+};
+
+// ---- The block ----------------------------------------------------------------------------------
+
 // `shared` starts at 16 bytes.
-template <typename Gpu, int kUnits, int kOutputs, typename T>
+template <typename Gpu, int kUnits, int kStrip, int kOutputs, typename T>
 SWAT_DEVICE void forward(const Gpu& gpu, const Problem<T>& problem, unsigned char* shared) {
+  using List = typename ListOf<Gpu, T, kUnits, kStrip>::Type;
+  using Element = typename List::Element;
+  using Own = Part<kUnits, kStrip, kOutputs>;
   const Plan& plan = problem.plan;
   const Shape& shape = plan.shape;
-  const Part<kUnits, kOutputs> part(plan, gpu.block());
+  const Own part(plan, gpu.block());
   const uint32_t lane = gpu.thread() % 32, warp = gpu.warp();
-  Entry* const ring = reinterpret_cast<Entry*>(shared + plan.entries_at()) + warp * 2 * Plan::kRing;
+  Element* const ring =
+      reinterpret_cast<Element*>(shared + plan.entries_at()) + warp * 2 * List::kRing;
   uint32_t* const places = reinterpret_cast<uint32_t*>(shared + plan.places_at());
   uint32_t* const pixels = reinterpret_cast<uint32_t*>(shared + plan.pixels_at());
 
-  const uint32_t end = least(part.first + plan.run, plan.units());
+  const uint32_t end = least(part.first + plan.run, plan.slots());
   const uint32_t top = plan.row(part.first);
   // What this run sees, of a phase; a run that lies well needs less than there is room for.
-  const uint32_t seen = (plan.row(end - 1) - top + plan.taps[0]) * plan.pitch + plan.taps[1] - 1;
+  const uint32_t rows = plan.row(end - 1) - top + kStrip - 1 + plan.taps[0];
+  const uint32_t seen = rows * plan.pitch + plan.taps[1] - 1;
   const uint32_t units = plan.channel - plan.plane + seen;
   for (uint32_t t = gpu.thread(); t < shape.taps(); t += kBlock) places[t] = plan.place(t);
   for (uint32_t u = gpu.thread(); u < units; u += kBlock) {
     pixels[u] = plan.pixel(u, top, part.part);
   }
-  uint32_t bases[kUnits];
+  List entries(gpu, places);
   SWAT_UNROLL
-  for (int u = 0; u < kUnits; ++u) {
+  for (int s = 0; s < Own::kSlots; ++s) {
     // What is beyond the end computes something, and stores nothing.
-    const uint32_t unit = least(part.first + u * 32 + lane, end - 1);
-    bases[u] = ((plan.row(unit) - top) * plan.pitch + unit % plan.lanes) * kUnitBytes;
+    const uint32_t slot = least(part.first + s * 32 + lane, end - 1);
+    entries.bases[s] = ((plan.row(slot) - top) * plan.pitch + slot % plan.lanes) * kUnitBytes;
   }
   float sums[kOutputs][kUnits][4];
   SWAT_UNROLL
@@ -303,15 +457,7 @@ SWAT_DEVICE void forward(const Gpu& gpu, const Problem<T>& problem, unsigned cha
       problem.starts + static_cast<uint64_t>(has_list ? out + lane : 0) * (plan.chunks + 1);
   uint32_t low = 0, high = 0;
   if (has_list) high = gpu.load(starts);
-  // One entry of every lane, on its way.
-  uint32_t position = 0;
-  float value = 0.f;
-  const auto request = [&](uint64_t list, uint32_t from, uint32_t to) {
-    const bool is_there = from + lane < to;
-    value = gpu.weight(problem.values + list + from, is_there);
-    position = gpu.load_if(is_there, problem.positions + list + from);
-  };
-  const uint64_t first_list = static_cast<uint64_t>(out) * problem.room + lane;
+  const uint64_t first_list = static_cast<uint64_t>(out) * problem.room;
   uint32_t turn = 0;
   gpu.sync();  // the tables are there
 
@@ -320,7 +466,7 @@ SWAT_DEVICE void forward(const Gpu& gpu, const Problem<T>& problem, unsigned cha
     if (has_list) high = gpu.load(starts + chunk + 1);
     uint64_t list = first_list;
     uint32_t begin = gpu.shuffle(low, 0), stop = gpu.shuffle(high, 0);
-    request(list, begin, stop);
+    entries.request(gpu, problem, list, begin, stop);
     stage(gpu, problem, chunk, units, pixels, shared);
     gpu.sync();  // activations are there
     SWAT_UNROLL
@@ -329,18 +475,17 @@ SWAT_DEVICE void forward(const Gpu& gpu, const Problem<T>& problem, unsigned cha
       const uint32_t next_begin = gpu.shuffle(low, j + 1), next_stop = gpu.shuffle(high, j + 1);
       bool has_more;
       do {  // the first entries of this list are on their way
-        Entry* const own = ring + turn * Plan::kRing;
+        Element* const own = ring + turn * List::kRing;
         turn ^= 1;
-        const uint32_t channel = position & (plan.chunk - 1);
-        own[lane] = {value, (places[position >> plan.bits] + channel / 4 * plan.quad +
-                             channel % 4 * plan.channel) * kUnitBytes};
-        const uint32_t count = least(stop - begin, kEntries);
-        begin += kEntries;
+        entries.put(gpu, plan, own);
+        const uint32_t count = least(stop - begin, List::kEach);
+        begin += List::kEach;
         has_more = begin < stop;
         if (!has_more) list += problem.room;
-        request(list, has_more ? begin : next_begin, has_more ? stop : next_stop);
+        entries.request(gpu, problem, list, has_more ? begin : next_begin,
+                        has_more ? stop : next_stop);
         gpu.sync_warp();  // entries are there, and nobody reads those of the turn before
-        multiply(own, count, shared, bases, sums[j]);
+        entries.multiply_all(plan, own, count, shared, sums[j]);
       } while (has_more);
       begin = next_begin, stop = next_stop;
     }
@@ -349,10 +494,11 @@ SWAT_DEVICE void forward(const Gpu& gpu, const Problem<T>& problem, unsigned cha
 
   SWAT_UNROLL
   for (int u = 0; u < kUnits; ++u) {
-    const uint32_t unit = part.first + u * 32 + lane, line = unit / plan.lanes;
-    const uint32_t group = line / shape.rows, row = line - group * shape.rows;
-    const uint32_t own = unit - line * plan.lanes, column = part.part * plan.part + own;
-    if (unit >= end || own >= plan.part || column >= shape.columns) continue;
+    const uint32_t slot = part.first + u / kStrip * 32 + lane, line = slot / plan.lanes;
+    const uint32_t group = line / plan.strips;
+    const uint32_t row = (line - group * plan.strips) * kStrip + u % kStrip;
+    const uint32_t own = slot - line * plan.lanes, column = part.part * plan.part + own;
+    if (slot >= end || row >= shape.rows || own >= plan.part || column >= shape.columns) continue;
     SWAT_UNROLL
     for (uint32_t i = 0; i < kImages; ++i) {
       const uint32_t image = group * kImages + i;

@@ -671,6 +671,7 @@ def sparse_conv_forward(
     kernel: jax.Array,
     conv: Convolution,
     cut: sparse_conv_direct.Cut | None = None,
+    windows: bool = False,
 ) -> jax.Array:
     """A convolution with sparse weights; see `swat_jax.sparse_conv_direct.forward`.
 
@@ -682,7 +683,8 @@ def sparse_conv_forward(
       kernel: (rows, columns, in, out), of the same type, zeros where nothing is kept.
       conv: the convolution.
       cut: how the CUDA kernel's work is cut; None: as `swat_jax.sparse_conv_direct.cut` does. The
-        bits of the result depend on its chunk, and on nothing else.
+        bits of the result depend on its ``chunk`` and ``windows``, and on nothing else.
+      windows: whether the kernel keeps and drops whole windows, for that choice.
 
     Returns:
       (N, rows, columns, out), of the same type.
@@ -699,7 +701,7 @@ def sparse_conv_forward(
             f"{kernel.dtype}{list(kernel.shape)}"
         )
     return _sparse_conv_direct(
-        x, kernel, conv, cut, lambda x, kernel: sparse_conv_direct.forward(x, kernel, conv)
+        x, kernel, conv, cut, windows, lambda x, kernel: sparse_conv_direct.forward(x, kernel, conv)
     )
 
 
@@ -709,6 +711,7 @@ def sparse_conv_input_gradient(
     conv: Convolution,
     size: tuple[int, int],
     cut: sparse_conv_direct.Cut | None = None,
+    windows: bool = False,
 ) -> jax.Array:
     """The gradient of its input; see `swat_jax.sparse_conv_direct.input_gradient`.
 
@@ -718,6 +721,7 @@ def sparse_conv_input_gradient(
       conv: the convolution, at stride 1.
       size: height and width of the input.
       cut: as in `sparse_conv_forward`, of ``dy`` and the transposed kernel.
+      windows: as there.
 
     Returns:
       (N, *size, in), of the same type.
@@ -741,7 +745,7 @@ def sparse_conv_input_gradient(
         return sparse_conv_direct.input_gradient(dy, compaction.transposed(turned), conv, size)
 
     turned = sparse_conv_direct.transposed(conv, size, kernel.shape[:-2])
-    return _sparse_conv_direct(dy, compaction.transposed(kernel), turned, cut, twin)
+    return _sparse_conv_direct(dy, compaction.transposed(kernel), turned, cut, windows, twin)
 
 
 def _sparse_conv_direct(
@@ -749,6 +753,7 @@ def _sparse_conv_direct(
     kernel: jax.Array,
     conv: Convolution,
     cut: sparse_conv_direct.Cut | None,
+    windows: bool,
     twin: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     """A convolution that is not refused, by its CUDA kernel."""
@@ -757,9 +762,13 @@ def _sparse_conv_direct(
     y = jax.ShapeDtypeStruct((x.shape[0], *result), x.dtype)
     if 0 in (*x.shape, *y.shape):
         return varying_like(jnp.zeros(y.shape, y.dtype), x, kernel)
-    chosen = cut or sparse_conv_direct.cut(conv, x.shape, kernel.shape)
-    if chosen.tile not in sparse_conv_direct.TILES:
-        raise UsageError(f"cut.tile must be one of {sparse_conv_direct.TILES}, got {chosen.tile}")
+    chosen = cut or sparse_conv_direct.cut(conv, x.shape, kernel.shape, windows)
+    direct = sparse_conv_direct
+    tiles = direct.WINDOW_TILES if chosen.windows else direct.TILES
+    if chosen.tile not in tiles:
+        raise UsageError(f"cut.tile must be one of {tiles}, got {chosen.tile}")
+    if chosen.windows and not direct.has_windows(conv, x.shape, kernel.shape):
+        raise UsageError(f"cut.windows must be False for a kernel {kernel.shape} and this conv")
     if chosen.chunk not in (4, 8, 16, 32, 64, 128, 256):
         raise UsageError(f"cut.chunk must be a power of two from 4 to 256, got {chosen.chunk}")
     if not 1 <= chosen.columns <= result[1]:
@@ -769,16 +778,21 @@ def _sparse_conv_direct(
 
     def call(x: jax.Array, kernel: jax.Array) -> jax.Array:
         lows = [low for low, _ in sparse_convolution.pads(conv, x.shape[1:-1], window)]
+        if chosen.windows:
+            kept = compact(direct.by_windows(kernel), direct.WINDOW, chosen.chunk, 1)
+        else:
+            kept = compact(kernel, 1, chosen.chunk, direct.MULTIPLE)
         (found,) = _call(
             "sparse_conv_direct",
             (y,),
-            *(x, *compact(kernel, 1, chosen.chunk, sparse_conv_direct.MULTIPLE)),
+            *(x, *kept),
             window=np.array(window, np.int64),
             strides=np.array(conv.strides, np.int64),
             lows=np.array(lows, np.int64),
             tile=np.array(chosen.tile, np.int64),
             chunk=np.int64(chosen.chunk),
             columns=np.int64(chosen.columns),
+            windows=chosen.windows,
         )
         return found
 

@@ -1,4 +1,4 @@
-"""Convolutions whose weights are sparse one by one: output, and the input's gradient.
+"""Convolutions whose weights are sparse one by one, or window by window: output, input gradient.
 
 Here they are defined, and here stands for what they have a kernel (`refusal`, `gradient_refusal`)
 and how that cuts its work (`Cut`). The kernel multiplies kept weights only, on CUDA cores and in
@@ -24,6 +24,11 @@ from swat_jax.sparsity.varying import varying_like
 # leave room for a second block on a multiprocessor.
 TILES = ((256, 64), (512, 32), (128, 64), (256, 128), (512, 64))
 _USUAL_TILES = TILES[:3]
+# The same where windows are kept as a whole, and rows of a lane: `kStrip` there.
+WINDOW_TILES = ((512, 32), (512, 64))
+_STRIP = 4
+# Values that a window has room for: `kRoom` there. A vector of the compact kernel.
+WINDOW = 16
 # Of entries in a list: `kMultiple` there.
 MULTIPLE = 2
 # Shared memory of a block that every GPU has from compute capability 8.0 on.
@@ -181,27 +186,40 @@ class Cut:
       tile: output pixels and channels of a block, one of `TILES`.
       chunk: input channels that are in shared memory together, a power of two from 4 to 256.
       columns: of the output that are computed side by side, at most all.
+      windows: whether windows of 3x3 weights are taken as a whole, at stride 1. It is half the work
+        for masks of granularity `channel`, and for others too much.
     """
 
     tile: tuple[int, int]
     chunk: int
     columns: int
+    windows: bool = False
 
 
-def cut(conv: Convolution, shape: tuple[int, ...], kernel: tuple[int, ...]) -> Cut:
+def cut(
+    conv: Convolution, shape: tuple[int, ...], kernel: tuple[int, ...], windows: bool = False
+) -> Cut:
     """How the work of a convolution that is not refused is cut: the least of all estimated times.
 
     Args:
       conv: the convolution.
       shape: of its input.
       kernel: shape of its kernel.
+      windows: whether the kernel keeps and drops whole windows (granularity `channel`); they are
+        then taken as such if `has_windows`.
     """
-    found = _cuts(conv, shape, kernel)
+    windows = windows and has_windows(conv, shape, kernel)
+    tiles = WINDOW_TILES[:1] if windows else _USUAL_TILES
+    found = _cuts(conv, shape, kernel, tiles, windows=windows)
     return min(found, key=lambda one: (_time(conv, shape, kernel, one), -one.chunk))
 
 
 def cuts(
-    conv: Convolution, shape: tuple[int, ...], kernel: tuple[int, ...], shared: int = _SHARED
+    conv: Convolution,
+    shape: tuple[int, ...],
+    kernel: tuple[int, ...],
+    windows: bool = False,
+    shared: int = _SHARED,
 ) -> list[Cut]:
     """All cuts that are worth a try, the one that is estimated to be the fastest first.
 
@@ -209,10 +227,32 @@ def cuts(
       conv: a convolution that is not refused.
       shape: of its input.
       kernel: shape of its kernel.
+      windows: as in `cut`.
       shared: bytes of shared memory that a block may have.
     """
-    found = _cuts(conv, shape, kernel, TILES, shared)
+    windows = windows and has_windows(conv, shape, kernel)
+    found = _cuts(conv, shape, kernel, WINDOW_TILES if windows else TILES, shared, windows)
     return sorted(found, key=lambda one: (_time(conv, shape, kernel, one), -one.chunk))
+
+
+def has_windows(conv: Convolution, shape: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+    """Whether windows can be taken as a whole.
+
+    Args:
+      conv: a convolution that is not refused.
+      shape: of its input.
+      kernel: shape of its kernel.
+    """
+    fits = tuple(kernel[:-2]) == (3, 3) and set(conv.strides) == {1}
+    return fits and bool(_cuts(conv, shape, kernel, WINDOW_TILES[:1], windows=True))
+
+
+def by_windows(kernel: jax.Array) -> jax.Array:
+    """A kernel (3, 3, in, out) as (1, 1, in, out * `WINDOW`): vectors are windows, then zeros."""
+    taps = kernel.shape[0] * kernel.shape[1]
+    flat = kernel.reshape(taps, *kernel.shape[2:]).transpose(1, 2, 0)
+    flat = jnp.pad(flat, ((0, 0), (0, 0), (0, WINDOW - taps)))
+    return flat.reshape(1, 1, kernel.shape[2], -1)
 
 
 def shared_bytes(
@@ -226,9 +266,9 @@ def shared_bytes(
       kernel: shape of its kernel.
       cut: how its work is cut.
     """
-    _, plane, phases = _layout(conv, shape, kernel, cut)
+    _, plane, _, phases = _layout(conv, shape, kernel, cut)
     taps, channel = math.prod(kernel[:-2]), phases * plane
-    entries, quads = _WARPS * 2 * (32 + MULTIPLE) * 8, cut.chunk // 4
+    entries, quads = _WARPS * 2 * (8 * 48 if cut.windows else (32 + MULTIPLE) * 8), cut.chunk // 4
     quad = -(-4 * channel // _BANKS) * _BANKS + max(1, _BANKS // quads)
     return quads * quad * 16 + entries + 4 * taps + 4 * channel
 
@@ -245,27 +285,26 @@ def _cuts(
     kernel: tuple[int, ...],
     tiles: tuple[tuple[int, int], ...] = _USUAL_TILES,
     shared: int = _SHARED,
+    windows: bool = False,
 ) -> list[Cut]:
     columns = results(conv, shape[1:-1], kernel[:-2])[1]
     # Rows of eight units lie in eight banks.
     widths = [columns, *(width for width in (8, 16, 32) if width < columns)]
     most = 2 ** max(2, (shape[-1] - 1).bit_length())
     chunks = [size for size in (64, 32, 16, 8, 4) if size <= most]
-    return [
-        one
-        for one in itertools.starmap(Cut, itertools.product(tiles, chunks, widths))
-        if shared_bytes(conv, shape, kernel, one) <= shared
-    ]
+    found = (Cut(*one, windows) for one in itertools.product(tiles, chunks, widths))
+    return [one for one in found if shared_bytes(conv, shape, kernel, one) <= shared]
 
 
 def _layout(
     conv: Convolution, shape: tuple[int, ...], kernel: tuple[int, ...], cut: Cut
-) -> tuple[int, int, int]:
-    """Lanes of an output row, units of a phase, and phases: `Plan` in ops/."""
+) -> tuple[int, int, float, int]:
+    """`Plan` in ops/: slots of a row, units of a phase, those that are used on average, phases."""
     size, window = shape[1:-1], kernel[:-2]
     result = results(conv, size, window)
     lows = [low for low, _ in pads(conv, size, window)]
-    parts, run = -(-result[1] // cut.columns), cut.tile[0] // _IMAGES
+    strip = _STRIP if cut.windows else 1
+    parts, run = -(-result[1] // cut.columns), cut.tile[0] // _IMAGES // strip
     taps = [-(-extent // stride) for extent, stride in zip(window, conv.strides, strict=True)]
     extents = []
     for a, output in enumerate((result[0], cut.columns)):
@@ -276,29 +315,39 @@ def _layout(
             extents.append(output + taps[a] - 1)
     tall, pitch = extents
     lanes = cut.columns if cut.columns % _BANKS == 0 else pitch
-    image = result[0] * lanes
-    rows = run // lanes if run % lanes == 0 else (run - 2) // lanes + 2
-    ends = (rows + result[0] - 2) // result[0]
+    strips = -(-result[0] // strip)
+    image = strips * lanes
+    lines = run // lanes if run % lanes == 0 else (run - 2) // lanes + 2
+    usual = run / lanes if run % lanes == 0 else (run + lanes - 1) / lanes
+    ends, usual_ends = (lines + strips - 2) // strips, (usual - 1) / strips
     if run % image == 0:
-        ends = run // image - 1
+        ends = usual_ends = run // image - 1
     if image % run == 0:
-        ends = 0
-    rows += ends * (tall - result[0])
+        ends = usual_ends = 0
+    between = max(tall, strips * strip) - strips * strip
+    plane, used = (
+        (rows + taps[0] - 1) * pitch + taps[1] - 1
+        for rows in (lines * strip + ends * between, usual * strip + usual_ends * between)
+    )
     phases = math.prod(min(pair) for pair in zip(window, conv.strides, strict=True))
-    return lanes, (rows + taps[0] - 1) * pitch + taps[1] - 1, phases
+    return lanes, int(plane), used, phases
 
 
 def _time(conv: Convolution, shape: tuple[int, ...], kernel: tuple[int, ...], cut: Cut) -> float:
     """About how many cycles shared memory is busy, with one weight in ten."""
-    lanes, plane, phases = _layout(conv, shape, kernel, cut)
+    lanes, _, used, phases = _layout(conv, shape, kernel, cut)
     rows, columns = results(conv, shape[1:-1], kernel[:-2])
-    pixels, outputs = cut.tile
-    units = -(-shape[0] // _IMAGES) * rows * lanes
+    (pixels, outputs), strip = cut.tile, _STRIP if cut.windows else 1
+    units = -(-shape[0] // _IMAGES) * -(-rows // strip) * strip * lanes
     tiles = -(-columns // cut.columns) * -(-units * _IMAGES // pixels)
     lists = min(outputs, kernel[-1])
     chunks = -(-shape[-1] // cut.chunk)
-    # 32 lanes load 16 bytes in four cycles; a pair of entries is one load more.
-    products = 0.1 * math.prod(kernel[:-1]) * lists * (pixels / 32 + 0.75)
-    staging = chunks * cut.chunk * phases * plane * 3 / _BANKS
+    # 32 lanes load 16 bytes in four cycles; a pair of entries, and a third of a window, is a load
+    # more. A window of a lane's rows is seen by half the loads.
+    loads = pixels / 64 + 1 / 3 if cut.windows else pixels / 32 + 0.75
+    if cut.windows and lanes % _BANKS and 3 * lanes % _BANKS:
+        loads *= 1.4  # lanes on either side of a row's end meet in banks
+    products = 0.1 * math.prod(kernel[:-1]) * lists * loads
+    staging = chunks * cut.chunk * phases * used * 3 / _BANKS
     block = products + staging + chunks * (8 * lists + 500)
     return -(-tiles * -(-kernel[-1] // outputs) // _MULTIPROCESSORS) * block

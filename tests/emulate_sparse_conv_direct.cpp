@@ -69,7 +69,7 @@ struct Aligned {
 };
 
 // Everything is a whole number that is small enough for exact sums in any order.
-template <int kUnits, int kOutputs>
+template <int kUnits, int kOutputs, int kStrip = 1>
 void run(const Case& one, unsigned seed) {
   std::mt19937 generator(seed);
   const auto size_of = [&](int axis, uint32_t size) {
@@ -80,7 +80,7 @@ void run(const Case& one, unsigned seed) {
                        size_of(1, one.width), one.out, {one.window[0], one.window[1]},
                        {one.strides[0], one.strides[1]}, {one.lows[0], one.lows[1]}};
   const uint32_t part = one.part != 0 ? one.part : shape.columns;
-  const Plan plan(shape, 32 * kUnits, one.chunk, part);
+  const Plan plan(shape, 32 * kUnits / kStrip, kStrip, one.chunk, part);
   const auto draw = [&] { return static_cast<float>(static_cast<int>(generator() % 9) - 4); };
 
   Aligned x(static_cast<size_t>(one.images) * one.height * one.width * one.in, 0.f);
@@ -92,45 +92,58 @@ void run(const Case& one, unsigned seed) {
     const double share = o == 1 ? 0.0 : o == 2 ? 1.0 : one.share;
     if (generator() % 10000 < share * 10000) weights[i] = draw();
   }
-  // The compact form, by its definition.
-  const uint32_t size = shape.taps() * one.chunk;
-  const size_t room = static_cast<size_t>(size + size % kMultiple) * plan.chunks;
+  // The compact form, by its definition: of single weights, or of windows.
+  const uint32_t taps = kStrip == 1 ? 1 : shape.taps(), each = kStrip == 1 ? 1 : kRoom;
+  const uint32_t size = shape.taps() / taps * one.chunk, multiple = kStrip == 1 ? kMultiple : 1;
+  const size_t room = static_cast<size_t>(up(size, multiple)) * multiple * plan.chunks;
   std::vector<float> values;
   std::vector<int32_t> positions, starts;
   for (uint32_t o = 0; o < one.out; ++o) {
     const size_t begin = o * room;
-    values.resize(begin), positions.resize(begin);
+    values.resize(begin * each), positions.resize(begin);
+    const auto put = [&](const std::vector<float>& some, uint32_t position) {
+      values.insert(values.end(), some.begin(), some.end());
+      values.resize(values.size() + each - some.size(), 0.f);
+      positions.push_back(static_cast<int32_t>(position));
+    };
     for (uint32_t c = 0; c < plan.chunks; ++c) {
-      starts.push_back(static_cast<int32_t>(values.size() - begin));
+      starts.push_back(static_cast<int32_t>(positions.size() - begin));
       for (uint32_t p = 0; p < size; ++p) {
         const uint32_t i = c * one.chunk + p % one.chunk;
         if (i >= one.in) continue;
-        const float value = weights[(p / one.chunk * size_t{one.in} + i) * one.out + o];
-        if (value != 0.f) values.push_back(value), positions.push_back(static_cast<int32_t>(p));
+        std::vector<float> some;
+        bool is_kept = false;
+        for (uint32_t tap = p / one.chunk; tap < p / one.chunk + taps; ++tap) {
+          some.push_back(weights[(tap * size_t{one.in} + i) * one.out + o]);
+          is_kept |= some.back() != 0.f;
+        }
+        if (is_kept) put(some, p);
       }
-      while ((values.size() - begin) % kMultiple != 0) values.push_back(0.f), positions.push_back(0);
+      while ((positions.size() - begin) % multiple != 0) put({0.f}, 0);
     }
-    starts.push_back(static_cast<int32_t>(values.size() - begin));
+    starts.push_back(static_cast<int32_t>(positions.size() - begin));
   }
   // What lies beyond the last list is unspecified.
-  values.resize(one.out * room, std::nanf("")), positions.resize(one.out * room, 1 << 30);
+  values.resize(one.out * room * each, std::nanf("")), positions.resize(one.out * room, 1 << 30);
 
   Aligned y(static_cast<size_t>(one.images) * shape.rows * shape.columns * one.out, std::nanf(""));
-  const Problem<float> problem = {plan, x.begin, values.data(), positions.data(), starts.data(),
+  Aligned aligned(values.size(), 0.f);
+  std::copy(values.begin(), values.end(), aligned.begin);
+  const Problem<float> problem = {plan, x.begin, aligned.begin, positions.data(), starts.data(),
                                   y.begin, room};
   const std::vector<Range> readable = {
-      Range::of(x.begin, x.size), Range::of(values.data(), values.size()),
+      Range::of(x.begin, x.size), Range::of(aligned.begin, aligned.size),
       Range::of(positions.data(), positions.size()), Range::of(starts.data(), starts.size())};
   constexpr size_t kZone = 4096;
   const uint32_t bytes = plan.bytes();
-  for (uint64_t b = 0; b < Part<kUnits, kOutputs>::blocks(plan); ++b) {
+  for (uint64_t b = 0; b < Part<kUnits, kStrip, kOutputs>::blocks(plan); ++b) {
     // What was not written is NaN.
     std::vector<uint64_t> memory((bytes + 2 * kZone) / 8 + 4, ~uint64_t{0});
     unsigned char* start = reinterpret_cast<unsigned char*>(memory.data());
     while (reinterpret_cast<uintptr_t>(start) % 16 != 0) ++start;
     Block block(static_cast<uint32_t>(b), kBlock, seed + static_cast<unsigned>(b), readable,
                 Range::of(y.begin, y.size));
-    block.run([&] { forward<Emulated, kUnits, kOutputs>(Emulated{}, problem, start + kZone); });
+    block.run([&] { forward<Emulated, kUnits, kStrip, kOutputs>(Emulated{}, problem, start + kZone); });
     for (size_t i = 0; i < kZone; ++i) {
       if (start[i] != 0xff || start[kZone + bytes + i] != 0xff) fail("shared memory out of bounds");
     }
@@ -164,10 +177,10 @@ void run(const Case& one, unsigned seed) {
     }
   }
   std::printf("%s images %u height %u width %u in %u out %u window %u %u strides %u %u lows %u %u "
-              "rows %u columns %u run %d chunk %u part %u bytes %u share %g\n",
+              "rows %u columns %u run %d strip %d chunk %u part %u bytes %u share %g\n",
               wrong == 0 ? "ok   " : "WRONG", one.images, one.height, one.width, one.in, one.out,
               one.window[0], one.window[1], one.strides[0], one.strides[1], one.lows[0], one.lows[1],
-              shape.rows, shape.columns, 32 * kUnits, one.chunk, part, bytes, one.share);
+              shape.rows, shape.columns, 32 * kUnits, kStrip, one.chunk, part, bytes, one.share);
   if (wrong != 0) fail("not as by naive loops");
 }
 
@@ -181,6 +194,17 @@ int main() {
     run<4, 4>({9, 9, 10, 8, 36, {3, 3}, {2, 2}, {1, 1}, {1, 1}, share, 4, 0}, ++seed);
     run<1, 8>({4, 5, 19, 12, 8, {1, 1}, {1, 1}, {0, 0}, {0, 0}, share, 4, 8}, ++seed);
   }
+  // Windows as a whole.
+  for (const double share : {0.1, 0.0, 1.0, 0.02}) {
+    run<4, 4, 4>({5, 7, 7, 20, 36, {3, 3}, {1, 1}, {1, 1}, {1, 1}, share, 8, 0}, ++seed);
+    run<4, 8, 4>({3, 8, 8, 24, 68, {3, 3}, {1, 1}, {1, 1}, {1, 1}, share, 32, 0}, ++seed);
+    run<4, 4, 4>({2, 13, 28, 8, 8, {3, 3}, {1, 1}, {1, 1}, {1, 1}, share, 4, 8}, ++seed);
+  }
+  run<4, 4, 4>({50, 2, 2, 4, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3, 4, 0}, ++seed);
+  run<4, 4, 4>({9, 5, 6, 4, 4, {3, 3}, {1, 1}, {0, 2}, {2, 0}, 0.3, 4, 0}, ++seed);
+  run<4, 4, 4>({9, 5, 6, 4, 4, {3, 3}, {1, 1}, {0, 0}, {0, 0}, 0.3, 4, 3}, ++seed);
+  run<4, 4, 4>({9, 16, 16, 4, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3, 4, 0}, ++seed);
+  run<4, 4, 4>({21, 14, 14, 4, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3, 4, 0}, ++seed);
   // Images that are many, large, or have a few pixels; parts of columns.
   run<2, 8>({50, 2, 2, 4, 4, {3, 3}, {1, 1}, {1, 1}, {1, 1}, 0.3, 4, 0}, ++seed);
   run<2, 8>({130, 1, 1, 40, 8, {1, 1}, {1, 1}, {0, 0}, {0, 0}, 0.3, 32, 0}, ++seed);

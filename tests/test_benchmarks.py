@@ -430,6 +430,10 @@ def test_the_convs_with_sparse_weights_and_lines_of_their_table(load, monkeypatc
         first, second = weights.lines(row)
         assert "3x3 16->8 @8" in first
         assert len(second.split()) // 2 == len(row["cuts_ms"]) > 8
+    call = (small, "forward", jnp.float32, 0.75, False, sparse_conv.milliseconds, 1e6, "channel")
+    row = weights.measure(*call)
+    assert [name.endswith("w") for name in row["cuts_ms"]] == [True, False]
+    assert row["products"] == 9 * 16 * 8 * 128 / 4
     strided = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (4, 4), 2)
     assert weights.takes(strided, "forward", jnp.float32)
     assert not weights.takes(strided, "input_gradient", jnp.float32)

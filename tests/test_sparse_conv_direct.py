@@ -148,6 +148,34 @@ def test_under_vmap_and_of_nothing():
     assert kernels.sparse_conv_forward(x[:, :2], kernel, valid).shape == (5, 0, 4, 20)
 
 
+def test_windows_as_vectors():
+    """What is kept of a kernel window by window is what is kept of it."""
+    _, kernel = draw((3, 3), share=0.05)
+    kept = kernels.compact(sparse_conv_direct.by_windows(kernel), sparse_conv_direct.WINDOW, 8, 1)
+    found = np.zeros(kernel.shape)
+    for out, (values, positions, starts) in enumerate(zip(*kept, strict=True)):
+        for chunk in range(2):
+            for entry in range(starts[chunk], starts[chunk + 1]):
+                assert not values[entry, 9:].any()
+                channel = 8 * chunk + positions[entry]
+                found[:, :, channel, out] = values[entry, :9].reshape(3, 3)
+    np.testing.assert_array_equal(found, kernel)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_windows_are_another_way_to_the_same(strides):
+    conv = convolution(strides)
+    x, kernel = draw((3, 3))
+    y = kernels.sparse_conv_forward(x, kernel, conv, windows=True)
+    np.testing.assert_array_equal(y, by_numpy(x, kernel, conv))
+    cut = Cut((512, 32), 4, 3, windows=True)
+    if strides == (1, 1):
+        assert kernels.sparse_conv_forward(x, kernel, conv, cut).shape == y.shape
+    else:
+        with pytest.raises(UsageError, match=r"cut.windows must be False for a kernel \(3, 3"):
+            kernels.sparse_conv_forward(x, kernel, conv, cut)
+
+
 @pytest.mark.parametrize(
     ("changes", "shape", "dtype", "kernel", "reason"),
     [
@@ -203,6 +231,7 @@ def test_bad_operands_are_refused():
         ({"tile": (256, 32)}, r"cut.tile must be one of .*, got \(256, 32\)"),
         ({"chunk": 12}, "cut.chunk must be a power of two from 4 to 256, got 12"),
         ({"columns": 7}, r"cut.columns must be in \[1, 6\], got 7"),
+        ({"windows": True, "tile": (256, 64)}, r"cut.tile must be one of .*, got \(256, 64\)"),
     ):
         with pytest.raises(UsageError, match=message):
             kernels.sparse_conv_forward(x, kernel, conv, dataclasses.replace(good, **changes))
@@ -221,7 +250,11 @@ def test_cuts_fit_into_shared_memory(size, channels, strides):
     assert {cut.tile for cut in every} >= {(256, 64), (256, 128), (128, 64)}
     for cut in every:
         assert sparse_conv_direct.shared_bytes(conv, shape, kernel, cut) <= 99 * 1024
-    assert len(sparse_conv_direct.cuts(conv, shape, kernel, 227 * 1024)) > len(every)
+    assert len(sparse_conv_direct.cuts(conv, shape, kernel, shared=227 * 1024)) > len(every)
+    windows = sparse_conv_direct.cut(conv, shape, kernel, windows=True)
+    assert windows.windows == (strides == (1, 1))
+    assert windows in sparse_conv_direct.cuts(conv, shape, kernel, windows=True)
+    assert sparse_conv_direct.shared_bytes(conv, shape, kernel, windows) <= 99 * 1024
 
 
 # What is missing or wrong in one line of the kernel, and has to be found.
@@ -232,7 +265,7 @@ FAULTS = {
     "no barrier before staging": ("gpu.sync();  // nobody", "// nobody"),
     "no barrier of the warp": ("gpu.sync_warp();  // entries", "// entries"),
     "one ring for two turns": ("turn ^= 1;", ""),
-    "too few rows": ("return outputs + ends * (tall - shape.rows);", "return outputs;"),
+    "too few rows": ("lines * strip + ends *", "lines * strip + 0 *"),
     "images after the last one": ("pixel != kNowhere && at < end", "pixel != kNowhere"),
     "no zeros behind a row": ("* pitch + taps[1] - 1;", "* pitch;"),
 }
@@ -272,7 +305,8 @@ def test_what_a_block_does_emulated_thread_by_thread(fault, tmp_path):
             (low, end - number["strides"][a] - low - size[a])
             for a, (low, end) in enumerate(zip(number["lows"], ends, strict=True))
         )
-        cut = Cut((4 * number["run"][0], 0), number["chunk"][0], number["part"][0])
+        windows = number["strip"] == [4]
+        cut = Cut((4 * number["run"][0], 0), number["chunk"][0], number["part"][0], windows)
         conv = convolution(tuple(number["strides"]), padding)
         shape = (*number["images"], *size, *number["in"])
         kernel = (*number["window"], *number["in"], *number["out"])

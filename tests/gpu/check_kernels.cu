@@ -596,13 +596,17 @@ void run_sparse_convs(uint32_t scale, int repeats) {
 }
 
 // A convolution with single sparse weights, and the compact form that it takes, of small whole numbers.
-template <typename T, int kUnits, int kOutputs>
+template <typename T, int kUnits, int kOutputs, int kRows = 1>
 void run_sparse_conv_direct(const direct::Shape& shape, uint32_t chunk, uint32_t part, double share,
                             int repeats) {
-  const direct::Plan plan(shape, 32 * kUnits, chunk, part);
+  const direct::Plan plan(shape, 32 * kUnits / kRows, kRows, chunk, part);
   const int64_t in = shape.in, out = shape.out, taps = shape.taps();
   const int64_t pixels = int64_t{shape.rows} * shape.columns * shape.images;
-  const int64_t room = (taps * chunk + taps * chunk % 2) * plan.chunks;
+  // Single weights, or windows as vectors.
+  const bool windows = kRows > 1;
+  const int64_t each = windows ? direct::kRoom : 1;
+  const int64_t room = windows ? int64_t{chunk} * plan.chunks
+                               : (taps * chunk + taps * chunk % 2) * plan.chunks;
   std::mt19937 generator(6);
   const auto draw = [&] { return static_cast<float>(static_cast<int>(generator() % 7) - 3); };
   std::vector<T> x(int64_t{shape.images} * shape.height * shape.width * in);
@@ -627,12 +631,25 @@ void run_sparse_conv_direct(const direct::Shape& shape, uint32_t chunk, uint32_t
       }
     }
   }
+  if (windows) {
+    std::vector<T> turned(in * out * each, T(0.f));
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      for (int64_t i = 0; i < in * out; ++i) turned[i * each + tap] = weights[tap * in * out + i];
+    }
+    weights = turned;
+  }
   Buffer<T> input(x.size()), kernel(weights.size());
   input.set(x), kernel.set(weights);
-  const Kept kept = {static_cast<int>(taps), static_cast<int>(in), static_cast<int>(out), 1,
-                     static_cast<int>(chunk), 2, static_cast<int>(out),
-                     static_cast<int>(plan.chunks), static_cast<int>(room)};
-  const dim3 blocks(static_cast<unsigned>((out + kLanes - 1) / kLanes), plan.chunks);
+  const Kept kept = {static_cast<int>(windows ? 1 : taps),
+                     static_cast<int>(in),
+                     static_cast<int>(out * each),
+                     static_cast<int>(each),
+                     static_cast<int>(chunk),
+                     windows ? 1 : static_cast<int>(direct::kMultiple),
+                     static_cast<int>(out),
+                     static_cast<int>(plan.chunks),
+                     static_cast<int>(room)};
+  const dim3 blocks(static_cast<unsigned>((out * each + kLanes - 1) / kLanes), plan.chunks);
   struct Side {
     Buffer<T> values, y;
     Buffer<int32_t> positions, starts, lengths;
@@ -642,7 +659,7 @@ void run_sparse_conv_direct(const direct::Shape& shape, uint32_t chunk, uint32_t
   for (int s = 0; s < 2; ++s) {
     const int64_t words = out * (plan.chunks + 1);
     sides.push_back(std::unique_ptr<Side>(
-        new Side{Buffer<T>(out * room), Buffer<T>(pixels * out), Buffer<int32_t>(out * room),
+        new Side{Buffer<T>(out * room * each), Buffer<T>(pixels * out), Buffer<int32_t>(out * room),
                  Buffer<int32_t>(words), Buffer<int32_t>(words), nullptr}));
     check_cuda(cudaStreamCreateWithFlags(&sides[s]->stream, cudaStreamNonBlocking), "stream");
   }
@@ -656,7 +673,7 @@ void run_sparse_conv_direct(const direct::Shape& shape, uint32_t chunk, uint32_t
       const direct::Problem<T> problem = {plan, input.get(), side->values.get(),
                                           side->positions.get(), side->starts.get(),
                                           side->y.get(), static_cast<uint64_t>(room)};
-      const auto code = launch_direct<T, kUnits, kOutputs>(side->stream, problem);
+      const auto code = launch_direct<T, kUnits, kRows, kOutputs>(side->stream, problem);
       check_cuda(code, "a convolution with single weights");
     }
     check_cuda(cudaDeviceSynchronize(), "a convolution with single weights");
@@ -686,6 +703,8 @@ void run_sparse_convs_direct(uint32_t scale, int repeats) {
     run_sparse_conv_direct<T, 2, 8>(small, 16, 7, share, repeats);
     run_sparse_conv_direct<T, 2, 16>(small, 32, 7, share, repeats);
     run_sparse_conv_direct<T, 4, 8>(small, 16, 7, share, repeats);
+    run_sparse_conv_direct<T, 4, 4, 4>(small, 16, 7, share / 9, repeats);
+    run_sparse_conv_direct<T, 4, 8, 4>(small, 16, 7, share, repeats);
   }
   const direct::Shape wide = {scale / 4 + 1, 9, 28, 12, 9, 28, 68, {3, 3}, {1, 1}, {1, 1}};
   run_sparse_conv_direct<T, 4, 4>(wide, 8, 8, 0.2, repeats);

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from swat_jax import kernels, sparse_conv_direct
-from swat_jax.sparse_conv_direct import TILES, Cut
+from swat_jax.sparse_conv_direct import TILES, WINDOW_TILES, Cut
 from tests.runs import needs_library
 from tests.test_sparse_conv_direct import (
     CONVS,
@@ -102,6 +102,27 @@ def test_every_cut(tile, chunk):
         np.testing.assert_array_equal(found, by_numpy(x, kernel, conv), err_msg=f"{cut}")
 
 
+@pytest.mark.parametrize("tile", WINDOW_TILES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_windows_as_a_whole(tile, dtype):
+    conv = convolution()
+    for shape in SHAPES[1::2]:
+        x, kernel = draw((3, 3), shape[:-1], shape[-1], 0.2)
+        # Some windows of every output channel are dropped.
+        rng = np.random.default_rng(2)
+        kernel *= rng.random(kernel.shape[-2:]) < 0.3
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        expected = exact(by_numpy(x, kernel, conv), dtype)
+        for columns in {shape[2], min(shape[2], 8)}:
+            cut = Cut(tile, 8, columns, windows=True)
+            if sparse_conv_direct.shared_bytes(conv, x.shape, kernel.shape, cut) > 99 * 1024:
+                continue
+            found = forward(conv, cut)(x, kernel)
+            np.testing.assert_array_equal(found, expected, err_msg=f"{shape} {cut}")
+        run = jax.jit(lambda x, k: kernels.sparse_conv_forward(x, k, conv, windows=True))
+        np.testing.assert_array_equal(run(x, kernel), expected, err_msg=f"{shape}")
+
+
 def test_values_as_in_training():
     keys = jax.random.split(jax.random.key(0), 2)
     x = jax.random.normal(keys[0], (33, 16, 16, 256))
@@ -166,6 +187,7 @@ def test_operands_that_do_not_fit_are_refused():
     x, kernel = draw((3, 3), (2, 8, 8, 8), 16)
     compact = kernels.compact(kernel, 1, 8, 2)
     good = {"window": (3, 3), "tile": (256, 64), "chunk": 8, "columns": 8, "out": 16}
+    good["windows"] = False
 
     def call(x=x, **changes):
         options = good | changes
@@ -175,12 +197,14 @@ def test_operands_that_do_not_fit_are_refused():
         )(
             *(x, *compact), **numbers, strides=np.array((1, 1), np.int64),
             lows=np.array((1, 1), np.int64), chunk=np.int64(options["chunk"]),
-            columns=np.int64(options["columns"]),
+            columns=np.int64(options["columns"]), windows=options["windows"],
         )  # fmt: skip
 
     np.testing.assert_array_equal(jax.jit(call)(), by_numpy(x, kernel, convolution()))
     for message, changes in (
         ("no tile of 256 pixels and 32", {"tile": (256, 32)}),
+        ("values must have", {"tile": (512, 32), "windows": True}),
+        ("windows must be 3x3", {"window": (1, 3), "windows": True}),
         ("tile has no pixels", {"tile": (64, 64)}),
         ("chunk must be a power of two", {"chunk": 12}),
         ("columns 1 to 8; got 8, 9", {"columns": 9}),
