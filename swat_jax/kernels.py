@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from jax import lax
 from swat_jax import batch_norm, dropout_bits, native, sparse_convolution
 from swat_jax.batch_norm import Vectors
 from swat_jax.convolution import Convolution
-from swat_jax.errors import UsageError
+from swat_jax.errors import UsageError, warn_once
 from swat_jax.max_pool import Pool
 from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import packing, thresholds, top_k
@@ -72,7 +71,7 @@ def backend() -> str:
         return "cuda"
     if name == "cuda":
         raise UsageError(f"SWAT_JAX_BACKEND is cuda, but {status.reason}")
-    _warn_once(f"swat_jax trains without its CUDA kernels, slower and larger: {status.reason}")
+    warn_once(f"swat_jax trains without its CUDA kernels, slower and larger: {status.reason}")
     return "xla"
 
 
@@ -524,29 +523,21 @@ def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
     return kernel(words) if size >= _TWIN_LIMIT else _choose(kernel, twin, words)
 
 
-def takes_weight_gradient(
-    conv: Convolution, x: jax.Array, kernel: jax.Array, is_packed: bool
-) -> bool:
-    """Whether `sparse_conv_weight_gradient` takes the gradient of ``kernel``.
-
-    If not, it says why, once.
+def weight_gradient_refusal(
+    conv: Convolution, shape: tuple[int, ...], dtype: Any, kernel: tuple[int, ...]
+) -> str:
+    """Why `sparse_conv_weight_gradient` does not take a gradient here; empty if it does.
 
     Args:
       conv: the convolution.
-      x: its input.
-      kernel: its kernel.
-      is_packed: whether ``x`` is kept in packed form.
+      shape: of its input.
+      dtype: of its input.
+      kernel: shape of its kernel.
     """
-    reason = "" if is_packed else "x is not kept packed"
-    reason = reason or sparse_convolution.refusal(conv, x.shape, x.dtype, kernel.shape)
-    if not reason and _has_kernel("sparse_conv", x.dtype) and not _has_matrix_units():
+    reason = sparse_convolution.refusal(conv, shape, dtype, kernel)
+    if not reason and _has_kernel("sparse_conv", dtype) and not _has_matrix_units():
         reason = "the GPU is older than compute capability 8.0"
-    if reason:
-        _warn_once(
-            f"the weight gradient of the convolution of x {x.shape} with a kernel {kernel.shape} "
-            f"is computed from dense activations: {reason}"
-        )
-    return not reason
+    return reason
 
 
 def sparse_conv_weight_gradient(
@@ -739,8 +730,3 @@ def _packed_results(dtype: Any, size: int, capacity: int) -> tuple[jax.ShapeDtyp
 def _packed(parts: Sequence[jax.Array], shape: tuple[int, ...]) -> Packed:
     values, bitmap, offsets, overflow = parts
     return Packed(values, bitmap, offsets, overflow, shape)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
