@@ -182,8 +182,12 @@ class _SwatLayer(nnx.Module):
     @property
     def packs(self) -> bool:
         """Whether the saved input is packed in the present mode."""
-        sparse = self.activation_sparsity >= LEAST_PACKED_SPARSITY
-        return self.pack and sparse and not self.deterministic
+        return self.packs_in_training and not self.deterministic
+
+    @property
+    def packs_in_training(self) -> bool:
+        """Whether the saved input is packed in training mode."""
+        return self.pack and self.activation_sparsity >= LEAST_PACKED_SPARSITY
 
     @property
     def masks_own_kernel(self) -> bool:

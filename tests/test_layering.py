@@ -38,6 +38,7 @@ LEVELS = (
     {"models", "fusion"},
     {"layer_table"},
     {"build"},
+    {"dispatch"},
     {"kept_bytes"},
     {"flops", "listing", "model_summary"},
     {"network"},
