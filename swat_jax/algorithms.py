@@ -97,7 +97,8 @@ class Candidate:
 
     Attributes:
       refusal: why it does not take a problem; empty if it does. It also says so of a GPU that it
-        cannot run on, but not of other devices, where its twin runs.
+        cannot run on, but not of other devices, where its twin runs. A weight gradient is not asked
+        for an input that is not packed.
       variants: for a problem that it takes, how it may cut its work: the name of a variant -> what
         ``call`` gets for it. The first is what it takes if none is named. Names hold no colon; of
         one that has no variants it is empty.
@@ -115,8 +116,6 @@ class Candidate:
 
 
 def _refuses_weight_gradient(problem: Problem) -> str:
-    if not problem.is_packed:
-        return "x is not kept packed"
     return kernels.weight_gradient_refusal(problem.conv, problem.x, problem.dtype, problem.kernel)
 
 
@@ -211,6 +210,8 @@ def refusal(op: str, algorithm: str, problem: Problem) -> str:
     """
     if algorithm == _NAMES[op]:
         return ""
+    if op == "weight_gradient" and not problem.is_packed:
+        return "x is not kept packed"
     name, _, variant = algorithm.partition(":")
     candidate = CANDIDATES[op][name]
     if why := candidate.refusal(problem):

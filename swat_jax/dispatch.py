@@ -54,7 +54,7 @@ def check(setting: Any) -> None:
         )
     if not Path(setting).is_file():
         raise UsageError(
-            f"{SETTING} must be {TUNED}, {PLAIN_WAY} or the path of a table that swat_jax.tune wrote; "
+            f"{SETTING} must be {TUNED}, {PLAIN_WAY} or the path of a table; "
             f"there is no file {setting!r}"
         )
     algorithm_table.read(Path(setting))

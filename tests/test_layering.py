@@ -45,7 +45,8 @@ LEVELS = (
     {"pruning"},
     {"step", "budgets"},
     {"feed"},
-    {"train"},
+    {"train", "trial"},
+    {"tune"},
     {"main", "info", "report_figures", "export"},
     {"report", "evaluate", "predict"},
 )
