@@ -89,14 +89,16 @@ def choose(model: nnx.Module, x: jax.ShapeDtypeStruct, setting: str, device: str
         notes = [f"algorithms are those of {setting}, of {table.device}, swat_jax {table.version}"]
     # Without a table the network need not be traced.
     found = problems(model, x) if table.layers else {}
-    times = {path: _times(table, layer, found.get(path)) for path, layer in layers.items()}
     refused: list[str] = []
-    for path, timed in times.items():
+    untimed = len(layers)
+    for path, problem in found.items():
+        timed = _times(table, layers[path], problem) if path in layers else None
         if timed is not None:
-            chosen[path] = _accepted(path, timed, found[path], notes, refused)
+            untimed -= 1
+            chosen[path] = _accepted(path, timed, problem, notes, refused)
     if refused:
         notes.append(f"{len(refused)} ops are plain against the table, the first: {refused[0]}")
-    if untimed := sum(timed is None for timed in times.values()):
+    if untimed:
         notes.append(
             f"{untimed} of {len(layers)} sparse layers were not timed on {device}: masked weights "
             "and cuDNN; python -m swat_jax.tune times them"
@@ -116,9 +118,9 @@ def is_sparse(layer: Any) -> bool:
     return sparse or layer.weight_budget is not None
 
 
-def _times(table: Table, layer: Any, problem: Problem | None) -> Mapping[str, Times] | None:
+def _times(table: Table, layer: Any, problem: Problem) -> Mapping[str, Times] | None:
     """What a table knows of a layer; of one whose budget moves no time would hold."""
-    if problem is None or layer.weight_budget is not None:
+    if layer.weight_budget is not None:
         return None
     return table.layers.get(table_name(layer, problem))
 

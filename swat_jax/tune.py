@@ -1,4 +1,4 @@
-r"""Times every algorithm for every layer of a network; training uses the fastest.
+r"""Times all algorithms for the layers of a network; training uses the fastest.
 
 Examples:
   python -m swat_jax.tune --config configs/imagenet_resnet50.py:u90
@@ -8,8 +8,8 @@ Examples:
 
   --config FILE[:METHOD]   METHOD: u90, erk95, channel70, vector16-80, ...
   --config.KEY=VALUE       a value of the config, such as --config.batch_size=512
-  --layers PATTERN         these only: a path such as stage1/0/conv1, with * and **
-  --output FILE            the table; default: that of this device in ~/.cache
+  --layers PATTERN         these only: a path as stage1/0/conv1, with * and **
+  --output FILE            the table; default: this device's in ~/.cache
 """
 
 from __future__ import annotations
