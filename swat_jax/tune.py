@@ -7,7 +7,7 @@ Examples:
   python -m swat_jax.tune --config configs/digits.py:u90 --output table.json
 
   --config FILE[:METHOD]   METHOD: u90, erk95, channel70, vector16-80, ...
-  --config.KEY=VALUE       a value of the config, such as --config.batch_size=512
+  --config.KEY=VALUE       a value of the config: --config.batch_size=512
   --layers PATTERN         these only: a path as stage1/0/conv1, with * and **
   --output FILE            the table; default: this device's in ~/.cache
 """

@@ -259,31 +259,21 @@ def test_a_setting_is_checked_before_a_run_starts(tmp_path):
 
 
 def test_training_computes_with_the_table_and_says_so(tmp_path, monkeypatch, capsys):
-    """Layers of whole batches on one device; a checkpoint goes on with another choice."""
     add_fakes(monkeypatch)
     _, model, x = network(sparsity__pack=True)
     path = tmp_path / "table.json"
     ours = times(forward="fake", input_gradient="fake", weight_gradient="fake:slow")
     save(dict.fromkeys(names_of(model, x).values(), ours), path)
-
-    def run(setting, steps):
-        options = {"batch_size": BATCH, "sparsity__pack": True, "max_steps": steps}
-        config = digits(**options, sparsity__algorithms=setting)
-        return train.train_and_evaluate(config, tmp_path / "run"), capsys.readouterr().err
-
+    config = digits(
+        batch_size=BATCH, sparsity__pack=True, max_steps=1, sparsity__algorithms=str(path)
+    )
     CALLS.clear()
-    _, said = run(str(path), 2)
+    train.train_and_evaluate(config, tmp_path / "run")
     assert {op for op, _ in CALLS} == set(OPS)
     assert ("weight_gradient", "slow") in CALLS
+    said = capsys.readouterr().err
     assert said.count("(0.5000 ms, masked 1.5000)") == 2 * 9
     assert "not timed" not in said
-    CALLS.clear()
-    resumed, said = run("plain", 3)
-    assert not CALLS
-    assert " ms, " not in said
-    assert "masked weights" not in said
-    assert "resumed at step 2" in said
-    assert resumed["steps"] == 3
 
 
 def test_processes_with_different_tables_do_not_train_together(monkeypatch):
@@ -316,6 +306,21 @@ def test_on_a_cpu_a_step_is_that_of_plain(fake_devices):
     assert texts[0] == texts[1]
 
 
-def test_a_checkpoint_does_not_depend_on_it():
-    assert "sparsity.algorithms" in checkpoint.FREE_KEYS
+def test_a_checkpoint_does_not_depend_on_it(tmp_path, monkeypatch):
+    """Neither its arrays nor whether a run may go on from it; those of older runs have no key."""
+    add_fakes(monkeypatch)
+    _, model, x = network()
+    path = tmp_path / "table.json"
+    save(dict.fromkeys(names_of(model, x).values(), times(forward="fake")), path)
+    config = digits(batch_size=BATCH, sparsity__algorithms=str(path))
+    trainer, _ = step.make_trainer(config, data.load(config).info, step.make_mesh(1))
+    tuned, notes = step.choose_algorithms(trainer)
+    assert len(notes) == 10
+    assert tuned.sparse.graph != trainer.sparse.graph
+    for name, types in trainer.sparse.types.items():
+        assert jax.tree.structure(tuned.sparse.types[name]) == jax.tree.structure(types)
+        assert jax.tree.leaves(tuned.sparse.types[name]) == jax.tree.leaves(types)
+    old: dict = {"sparsity": {"weight": 0.9}}
+    for setting in ("tuned", "plain", str(path)):
+        checkpoint.check_same_run(old, {"sparsity": {"weight": 0.9, "algorithms": setting}})
     assert config_file.load("configs/digits.py:u90").sparsity.algorithms == "tuned"
