@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from swat_jax import files, sparse_convolution
-from swat_jax.algorithms import OPS, Problem
+from swat_jax.candidates import OPS, Problem
 from swat_jax.errors import UsageError
 
 # Those that were measured for everybody.

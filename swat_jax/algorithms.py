@@ -1,9 +1,9 @@
-"""Which algorithm computes which product of a SWAT layer: what there is, and a layer's choice.
+"""Which algorithm computes which product of a SWAT layer: a layer's choice among what there is.
 
 A SWAT layer has three products (`OPS`). Each has a plain way: masked weights, or activations with
 zeros, multiplied by XLA, which calls cuDNN on a GPU. And it may have candidates, which compute the
-same from an operand in sparse form (`CANDIDATES`). Which is fastest depends on shapes, types and
-sparsity: `swat_jax.tune` measures it.
+same from an operand in sparse form (`swat_jax.candidates`). Which is fastest depends on shapes,
+types and sparsity: `swat_jax.tune` measures it.
 
 An algorithm is written as its name, ``sparse``, which leaves it to cut its work, or with one of its
 variants, ``sparse:64x256/132``.
@@ -12,135 +12,14 @@ variants, ``sparse:64x256/132``.
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
-from swat_jax import kernels, sparse_convolution
-from swat_jax.convolution import Convolution
+from swat_jax.candidates import CANDIDATES, OPS, Problem
 from swat_jax.errors import UsageError, warn_once
-from swat_jax.sparsity.packing import Packed
 
-OPS = ("forward", "input_gradient", "weight_gradient")
 _NAMES = {"forward": "masked", "input_gradient": "masked", "weight_gradient": "dense"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """What a layer computes: all that an algorithm may refuse by, and nothing traced.
-
-    Attributes:
-      conv: the convolution; for a linear layer that of 1x1.
-      x: shape of its input (N, *spatial, in); for a linear layer (rows, 1, 1, in).
-      kernel: (*window, in / groups, out); for a linear layer (1, 1, in, out).
-      dtype: of input, masked kernel and gradients.
-      granularity: what the mask of the kernel selects.
-      is_packed: whether the input waits in packed form for the weight gradient.
-      is_linear: whether it is a linear layer.
-    """
-
-    conv: Convolution
-    x: tuple[int, ...]
-    kernel: tuple[int, ...]
-    dtype: np.dtype
-    granularity: str = "unstructured"
-    is_packed: bool = False
-    is_linear: bool = False
-
-    @classmethod
-    def linear(
-        cls,
-        x: tuple[int, ...],
-        kernel: tuple[int, ...],
-        dtype: np.dtype,
-        *,
-        is_packed: bool = False,
-        precision: Any = None,
-        preferred_element_type: Any = None,
-    ) -> Problem:
-        """That of a linear layer: a 1x1 convolution of single pixels.
-
-        Args:
-          x: shape of its input (..., in).
-          kernel: (in, out).
-          dtype: see `Problem`.
-          is_packed: see `Problem`.
-          precision: as in `jax.lax.dot_general`.
-          preferred_element_type: as there.
-
-        Example:
-          >>> Problem.linear((8, 4, 64), (64, 10), np.dtype("float32")).x
-          (32, 1, 1, 64)
-        """
-        conv = Convolution(
-            *((1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1)),
-            precision=precision,
-            preferred_element_type=preferred_element_type,
-        )
-        pixels = (math.prod(x[:-1]), 1, 1, x[-1])
-        return cls(conv, pixels, (1, 1, *kernel), dtype, is_packed=is_packed, is_linear=True)
-
-    @property
-    def y(self) -> tuple[int, ...]:
-        """Shape of the output, (N, *spatial, out)."""
-        plain = dataclasses.replace(self.conv, folds=False)
-        x, kernel = (jax.ShapeDtypeStruct(shape, self.dtype) for shape in (self.x, self.kernel))
-        return jax.eval_shape(plain, x, kernel).shape
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A way to compute an op from a sparse operand.
-
-    Attributes:
-      refusal: why it does not take a problem; empty if it does. It also says so of a GPU that it
-        cannot run on, but not of other devices, where its twin runs. A weight gradient is not asked
-        for an input that is not packed.
-      variants: for a problem that it takes, how it may cut its work: the name of a variant -> what
-        ``call`` gets for it. The first is what it takes if none is named. Names hold no colon; of
-        one that has no variants it is empty.
-      call: ``(problem, variant, *operands)`` to the result, by op:
-        ``forward``: x and the masked kernel, of the problem's type, to y, as `Problem.conv` returns
-        it; ``input_gradient``: dy and the masked kernel to dx, of the problem's type;
-        ``weight_gradient``: x as a `Packed`, the smallest magnitude that counts in it or None, and
-        dy, to dw in float32. Shapes are those of the problem. The masked kernel has zeros off its
-        mask and is all that is known of that.
-    """
-
-    refusal: Callable[[Problem], str]
-    variants: Callable[[Problem], Mapping[str, Any]]
-    call: Callable[..., jax.Array]
-
-
-def _refuses_weight_gradient(problem: Problem) -> str:
-    return kernels.weight_gradient_refusal(problem.conv, problem.x, problem.dtype, problem.kernel)
-
-
-def _cuts(problem: Problem) -> Mapping[str, Any]:
-    window = problem.kernel[:-2]
-    found = sparse_convolution.cuts(problem.conv, problem.x, problem.y, window)
-    return {cut.name: cut for cut in found}
-
-
-def _weight_gradient(
-    problem: Problem, cut: Any, packed: Packed, least: jax.Array | None, dy: jax.Array
-) -> jax.Array:
-    height, width = problem.kernel[:-2]
-    return kernels.sparse_conv_weight_gradient(
-        packed, least, dy, problem.conv, (height, width), cut
-    )
-
-
-CANDIDATES: dict[str, dict[str, Candidate]] = {
-    "forward": {},
-    "input_gradient": {},
-    "weight_gradient": {
-        "sparse": Candidate(_refuses_weight_gradient, _cuts, _weight_gradient),
-    },
-}
 
 
 @dataclasses.dataclass(frozen=True)

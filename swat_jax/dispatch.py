@@ -19,7 +19,8 @@ from flax import nnx
 from swat_jax import algorithm_table, algorithms, build, kernels
 from swat_jax.abstract_call import abstract_call
 from swat_jax.algorithm_table import Table, Times
-from swat_jax.algorithms import OPS, PLAIN, Algorithms, Problem
+from swat_jax.algorithms import PLAIN, Algorithms
+from swat_jax.candidates import OPS, Problem
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 

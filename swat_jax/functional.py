@@ -35,8 +35,9 @@ import numpy as np
 from jax import lax
 
 from swat_jax import kernels
-from swat_jax.algorithms import PLAIN, Algorithms, Problem, run
+from swat_jax.algorithms import PLAIN, Algorithms, run
 from swat_jax.batch_norm import Vectors
+from swat_jax.candidates import Problem
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool

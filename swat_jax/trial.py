@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from swat_jax import algorithms, kernels
+from swat_jax import algorithms, candidates, kernels
 from swat_jax.algorithm_table import Times
-from swat_jax.algorithms import OPS, PLAIN, Problem
+from swat_jax.algorithms import PLAIN
+from swat_jax.candidates import OPS, Problem
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import packing, top_k
 from swat_jax.timing import milliseconds
@@ -194,7 +195,7 @@ def _run(op: str, problem: Problem, operands: Operands, idle: float) -> Times:
     times = {PLAIN[op]: time(plain(op, problem, product_of(problem)))}
     refused: dict[str, str] = {}
     wrong: dict[str, str] = {}
-    for name in algorithms.CANDIDATES[op]:
+    for name in candidates.CANDIDATES[op]:
         if why := algorithms.refusal(op, name, problem):
             refused[name] = why
             continue

@@ -40,7 +40,8 @@ from swat_jax import (
     trial,
 )
 from swat_jax.algorithm_table import Table, Times
-from swat_jax.algorithms import OPS, PLAIN, Problem
+from swat_jax.algorithms import PLAIN
+from swat_jax.candidates import OPS, Problem
 from swat_jax.errors import UsageError
 from swat_jax.timing import milliseconds
 

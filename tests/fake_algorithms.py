@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from swat_jax import algorithms
-from swat_jax.algorithms import OPS, Candidate
+from swat_jax import candidates
+from swat_jax.candidates import OPS, Candidate
 from swat_jax.sparsity import packing
 from swat_jax.sparsity.varying import varying_like
 from swat_jax.trial import product_of
@@ -73,7 +73,7 @@ def _swapped(product, kernel, x):
 FAKES = {op: Candidate(refusal, variants, right(op)) for op in OPS}
 
 
-def add_fakes(monkeypatch, name="fake", **candidates):
+def add_fakes(monkeypatch, name="fake", **given):
     """Registers ``right`` candidates for all ops, or those that are given by op."""
-    for op, candidate in (candidates or FAKES).items():
-        monkeypatch.setitem(algorithms.CANDIDATES[op], name, candidate)
+    for op, candidate in (given or FAKES).items():
+        monkeypatch.setitem(candidates.CANDIDATES[op], name, candidate)

@@ -12,8 +12,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import swat_jax.linen
-from swat_jax import algorithms, errors, functional, surgery
-from swat_jax.algorithms import OPS, PLAIN, Algorithms, Candidate, Problem
+from swat_jax import algorithms, candidates, errors, functional, surgery
+from swat_jax.algorithms import PLAIN, Algorithms
+from swat_jax.candidates import OPS, Candidate, Problem
 from swat_jax.convolution import Convolution
 from swat_jax.functional import swat_conv, swat_linear
 from swat_jax.layers import SwatConv, SwatLinear
@@ -258,7 +259,7 @@ def test_a_problem_knows_the_shape_of_its_output():
 def test_every_candidate_is_whole():
     """Of all that are registered: a refusal for what no kernel takes, variants without a colon."""
     odd = dataclasses.replace(PROBLEM, dtype=np.dtype("float64"))
-    for op, found in algorithms.CANDIDATES.items():
+    for op, found in candidates.CANDIDATES.items():
         assert op in OPS
         for name, candidate in found.items():
             assert isinstance(candidate, Candidate)
@@ -272,7 +273,7 @@ def test_every_candidate_is_whole():
 
 
 def test_the_fakes_are_no_part_of_the_package():
-    assert not any("fake" in found for found in algorithms.CANDIDATES.values())
+    assert not any("fake" in found for found in candidates.CANDIDATES.values())
     assert set(FAKES) == set(OPS)
     assert functional.PLAIN is PLAIN
     assert packing.TILE > 0

@@ -20,7 +20,8 @@ from swat_jax import (
     train,
 )
 from swat_jax.algorithm_table import Table, Times
-from swat_jax.algorithms import OPS, PLAIN, Algorithms
+from swat_jax.algorithms import PLAIN, Algorithms
+from swat_jax.candidates import OPS
 from swat_jax.errors import UsageError
 from tests.fake_algorithms import CALLS, add_fakes
 from tests.runs import digits

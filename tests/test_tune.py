@@ -9,7 +9,8 @@ import pytest
 
 from swat_jax import algorithm_table, config_file, kernels, trial, tune
 from swat_jax.algorithm_table import Table, Times
-from swat_jax.algorithms import OPS, PLAIN, Candidate, Problem
+from swat_jax.algorithms import PLAIN
+from swat_jax.candidates import OPS, Candidate, Problem
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.sparsity import packing
