@@ -2,7 +2,7 @@
 
 Results are compared with the plain product in float32 at the highest precision. An algorithm whose
 largest error, as a share of the largest value, is above `bound` is never chosen, and neither is one
-that is not faster than the plain way by `MARGIN`: noise must not decide.
+that is not faster than the plain way by `MARGIN` and by `LEAST_GAIN`: noise must not decide.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from swat_jax.algorithms import PLAIN
 from swat_jax.candidates import OPS, Problem
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import packing, top_k
-from swat_jax.timing import milliseconds
+from swat_jax.timing import timed
 
-# By what share of its time the plain way has to be beaten.
-MARGIN = 0.03
+# By what share of its time the plain way has to be beaten, and by how many milliseconds at least.
+MARGIN, LEAST_GAIN = 0.03, 0.001
 # What sums in another order may differ by in float32.
 _SUMS = 2.0**-14
 
@@ -182,9 +182,10 @@ def run(
 def _run(op: str, problem: Problem, operands: Operands, idle: float) -> Times:
     given = operands.of(op)
 
-    def time(call: Callable[..., jax.Array]) -> float:
+    def run(call: Callable[..., jax.Array]) -> tuple[float, jax.Array]:
+        ms, result = timed(call, *given)
         # Of what is shorter than the loop around it nothing is known.
-        return max(milliseconds(call, *given) - idle, 1e-6)
+        return max(ms - idle, 1e-6), result
 
     expected = _reference(op, problem, operands)
     dtype = {
@@ -192,7 +193,7 @@ def _run(op: str, problem: Problem, operands: Operands, idle: float) -> Times:
         "input_gradient": problem.dtype,
         "weight_gradient": expected.dtype,  # wide: sums are not rounded
     }[op]
-    times = {PLAIN[op]: time(plain(op, problem, product_of(problem)))}
+    times = {PLAIN[op]: run(plain(op, problem, product_of(problem)))[0]}
     refused: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for name in candidates.CANDIDATES[op]:
@@ -202,13 +203,15 @@ def _run(op: str, problem: Problem, operands: Operands, idle: float) -> Times:
         for algorithm in algorithms.variants(op, name, problem):
             call = functools.partial(algorithms.run, op, algorithm, problem)
             try:
-                why = _what_is_wrong(jax.jit(call)(*given), expected, dtype, bound(problem.dtype))
+                ms, result = run(call)
+                why = _what_is_wrong(result, expected, dtype, bound(problem.dtype))
                 if not why:
-                    times[algorithm] = time(call)
+                    times[algorithm] = ms
             except Exception as error:  # whatever goes wrong, the others are tried
                 why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             if why:
                 wrong[algorithm] = why
     fastest = min(times, key=lambda one: times[one])
-    is_worth_it = times[fastest] < (1 - MARGIN) * times[PLAIN[op]]
+    gain = times[PLAIN[op]] - times[fastest]
+    is_worth_it = gain > max(MARGIN * times[PLAIN[op]], LEAST_GAIN)
     return Times(fastest if is_worth_it else PLAIN[op], times, refused, wrong)

@@ -178,9 +178,9 @@ def test_what_a_table_gives_but_cannot_be_had_is_plain_and_said():
     })  # fmt: skip
     choice = dispatch.choose(model, x, "tuned", DEVICE)
     assert set(choice.algorithms.values()) == {PLAIN}
-    assert choice.notes[0] == (
+    assert choice.notes[0].startswith(
         "5 ops are plain against the table, the first: stage1/0/conv1 forward, not gone: "
-        "forward must be one of masked, fake; got 'gone'"
+        "forward must be one of masked, "
     )
     assert len(choice.notes) == 2
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -27,14 +28,12 @@ def clock(monkeypatch):
     """Times of algorithms by name; what is not named is plain and takes a millisecond."""
     times = {}
 
-    def milliseconds(call, *operands):
-        if call is None:
-            return 0.25
+    def timed(call, *operands):
         name = call.args[1] if hasattr(call, "args") else None
-        return times.get(name, 1.0) + 0.25
+        return times.get(name, 1.0) + 0.25, jax.jit(call)(*operands)
 
-    for module in (trial, tune):
-        monkeypatch.setattr(module, "milliseconds", milliseconds)
+    monkeypatch.setattr(trial, "timed", timed)
+    monkeypatch.setattr(tune, "milliseconds", lambda call: 0.25)
     return times
 
 
@@ -66,6 +65,9 @@ def test_the_fastest_is_chosen_if_the_margin_is_met(clock, monkeypatch):
     }
     clock["fake:fast"] = 0.965
     assert trial.run(PROBLEM, 0.5, 0.5, 0.25)["forward"].chosen == "fake:fast"
+    # A hundredth of the time, but less than a microsecond.
+    clock |= {None: 0.0009, "fake:fast": 0.000009}
+    assert trial.run(PROBLEM, 0.5, 0.5, 0.25)["forward"].chosen == "masked"
 
 
 @pytest.mark.parametrize(
@@ -96,7 +98,7 @@ def test_what_refuses_is_not_called(clock, monkeypatch):
     fake_algorithms.CALLS.clear()
     problem = dataclasses.replace(PROBLEM, dtype=np.dtype("float16"))
     found = trial.run(problem, 0.5, 0.5, 0.25)
-    assert found["forward"].refused == {"fake": "float16 is not float32"}
+    assert found["forward"].refused["fake"] == "float16 is not float32"
     assert not fake_algorithms.CALLS
     assert set(found["weight_gradient"].milliseconds) > {"dense"}  # the twin of `sparse`
 
