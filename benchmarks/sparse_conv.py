@@ -29,19 +29,19 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import sparse_weights
-from jax import lax
 
 from swat_jax import kernels, native, sparse_convolution
 from swat_jax.convolution import Convolution
 from swat_jax.layer_table import network_table
 from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import packing, top_k
+from swat_jax.timing import COUNT, REPEATS, milliseconds
 
 # Images of a step, and what they are: those of docs/performance.md.
 NETWORKS: dict[str, tuple[int, int, int]] = {
@@ -56,10 +56,6 @@ HEADER = (
     f"{'network':18} {'conv':24} {'s_A':>5} {'dense':>8} {'unpack':>8} {'sparse':>8} "
     f"{'floor':>8} {'gain':>6} {'cut':>12} {'error':>8}"
 )
-# Calls that are timed together, and how often.
-COUNT, REPEATS = 20, 3
-# With `--tiles`: one, two and four for every multiprocessor of a large GPU.
-BLOCKS = (132, 264, 528)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,36 +123,6 @@ def problems(networks: list[str], every: bool, batch: int | None = None) -> list
     return sorted(found, key=lambda one: (not one.is_mark, math.prod(one.window)))
 
 
-def name_of(cut: Cut) -> str:
-    """Input and output channels of a block, and splits."""
-    return f"{cut.tile[0]}x{cut.tile[1]}/{cut.splits}"
-
-
-def milliseconds(call: Callable[..., Any] | None, *operands: Any) -> float:
-    """Median time of a call in a compiled loop; None: of the loop alone."""
-
-    @jax.jit
-    def chained(operands: Any) -> Any:
-        def body(_: Any, carry: Any) -> Any:
-            operands, token = carry
-            # Every turn waits for the one before, and no result is left unused.
-            operands, token = lax.optimization_barrier((operands, token))
-            if call is None:
-                return operands, token + 1
-            result = lax.optimization_barrier(call(*operands))
-            return operands, token + result.ravel()[0].astype(jnp.float32)
-
-        return lax.fori_loop(0, COUNT, body, (operands, jnp.float32(0)))[1]
-
-    chained(operands).block_until_ready()
-    found = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        chained(operands).block_until_ready()
-        found.append(time.perf_counter() - start)
-    return statistics.median(found) * 1e3 / COUNT
-
-
 def copy_rate(values: int) -> float:
     """Bytes per millisecond that a device-to-device copy reads and writes."""
     x = jnp.zeros(values, jnp.bfloat16)
@@ -212,7 +178,7 @@ def measure(
     def sparse(cut: Cut, packed: Any, limit: Any, dy: Any) -> Any:
         return kernels.sparse_conv_weight_gradient(packed, limit, dy, conv, window, cut)
 
-    chosen = sparse_convolution.cut(conv, shape, dy.shape, window)
+    chosen, *others = sparse_convolution.cuts(conv, shape, dy.shape, window)
 
     @jax.jit
     def error(x: Any, packed: Any, limit: Any, dy: Any) -> jax.Array:
@@ -220,17 +186,12 @@ def measure(
         difference = sparse(chosen, packed, limit, dy) - expected
         return jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))
 
-    others = [
-        sparse_convolution.cut(conv, shape, dy.shape, window, tile, blocks)
-        for tile in (sparse_convolution.tiles(chosen.gathers) if every_tile else ())
-        for blocks in BLOCKS
-    ]
     times = {"dense": milliseconds(dense, x, dy) - idle}
     times["unpack"] = milliseconds(unpacked, packed, limit, dy) - idle
     cuts = {}
-    for cut in dict.fromkeys((chosen, *others)):
+    for cut in (chosen, *others) if every_tile else (chosen,):
         call = functools.partial(sparse, cut)
-        cuts[name_of(cut)] = milliseconds(call, packed, limit, dy) - idle
+        cuts[cut.name] = milliseconds(call, packed, limit, dy) - idle
     compact = 2 * keep + math.prod(shape) / 8 + 4 * math.prod(shape) / packing.TILE
     moved = compact + 2 * dy.size + 4 * math.prod(kernel.shape)
     floors = (moved / rates[0], problem.operations / rates[1])
@@ -239,8 +200,8 @@ def measure(
         "name": problem.name,
         "sparsity": sparsity,
         **{f"{name}_ms": ms for name, ms in times.items()},
-        "sparse_ms": cuts[name_of(chosen)],
-        "cut": name_of(chosen),
+        "sparse_ms": cuts[chosen.name],
+        "cut": chosen.name,
         "cuts_ms": cuts,
         "bytes": moved,
         "operations": problem.operations,

@@ -1,7 +1,7 @@
 """The tables of docs/sparse_convolutions.md, from the figures in docs/results.
 
-    python benchmarks/sparse_conv_page.py            # writes them into the page
-    python benchmarks/sparse_conv_page.py --check    # only says whether the page is up to date
+python benchmarks/sparse_conv_page.py            # writes them into the page
+python benchmarks/sparse_conv_page.py --check    # only says whether the page is up to date
 """
 
 import argparse
@@ -24,8 +24,10 @@ def vectors() -> list[str]:
     epochs = {run["config"]["epochs"] for run in runs.values()}
     devices = {run["device"].split(" x ")[1] for run in runs.values()}
     lines = [
-        f"ResNet-18, {' or '.join(map(str, epochs))} epochs of a rising and falling rate, one seed, "
-        f"{' and '.join(devices)}; dense: {found['dense']:.2f}.",
+        (
+            f"ResNet-18, {' or '.join(map(str, epochs))} epochs of a rising and falling rate, one "
+            f"seed, {' and '.join(devices)}; dense: {found['dense']:.2f}."
+        ),
         "",
         "| zeros | single weights | `vector8` | `vector16` | `vector32` |",
         "|---:|---:|---:|---:|---:|",

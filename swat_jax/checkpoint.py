@@ -42,6 +42,7 @@ FREE_KEYS = (
     "eval",
     "log",
     "max_steps",
+    "sparsity.algorithms",
     "steps_per_dispatch",
 )
 _TRASH = "trash-"

@@ -1,6 +1,8 @@
-"""The two kinds of failure that the command line turns into one line and an exit code."""
+"""The two kinds of failure that the command line turns into one line and an exit code; warnings."""
 
 import difflib
+import functools
+import warnings
 from collections.abc import Iterable, Mapping
 
 
@@ -13,6 +15,12 @@ class UsageError(ValueError):
 
 class RunError(RuntimeError):
     """A valid run had to stop: the loss is not finite, the disk is full. Exit code 1."""
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Warns of what is no failure, but not what was asked for; of the same thing once a process."""
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def did_you_mean(given: str, known: Iterable[str] | Mapping[str, str]) -> str:

@@ -127,10 +127,10 @@ def config_table(config: Any, num_classes: int | None = None) -> list[Layer]:
       config: needs `model.name`, `data.image_size` and `data.mean` (one number per channel).
       num_classes: width of the output; None: what `config.dataset` is known to have.
     """
-    return network_table(config.model.name, **_facts(config, num_classes))
+    return network_table(config.model.name, **facts(config, num_classes))
 
 
-def _facts(config: Any, num_classes: int | None = None) -> dict[str, Any]:
+def facts(config: Any, num_classes: int | None = None) -> dict[str, Any]:
     """Width of the output and shape of an image, as far as the config tells them."""
     size = config.data.image_size
     return {
@@ -227,7 +227,7 @@ def bytes_report(config: Any, batch_size: int | None = None) -> dict[str, Any]:
         size //= devices
     if size < 1:
         raise UsageError(f"{key} must be a whole number >= 1, got {size}")
-    return kept_bytes.report(config, **_facts(config), batch_size=size)
+    return kept_bytes.report(config, **facts(config), batch_size=size)
 
 
 def _times(shape: Sequence[int]) -> str:

@@ -35,7 +35,9 @@ import numpy as np
 from jax import lax
 
 from swat_jax import kernels
+from swat_jax.algorithms import PLAIN, Algorithms, run
 from swat_jax.batch_norm import Vectors
+from swat_jax.candidates import Problem
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.max_pool import Pool
@@ -46,7 +48,6 @@ from swat_jax.sparsity.top_k import Count
 from swat_jax.sparsity.varying import varying_like
 
 Padding = str | Sequence[tuple[int, int]]
-_WEIGHT_GRADIENTS = ("dense", "sparse")
 Precision = Any  # what `jax.lax` takes; it has no public name for it
 
 
@@ -70,7 +71,7 @@ def swat_conv(
     capacity: int | None = None,
     precision: Precision = None,
     preferred_element_type: Any = None,
-    weight_gradient: str = "dense",
+    algorithms: Algorithms = PLAIN,
 ) -> jax.Array:
     """Convolution with sparse weights, whose backward pass has sparse weights and activations.
 
@@ -104,10 +105,8 @@ def swat_conv(
         zeros.
       precision: as in `jax.lax.conv_general_dilated`.
       preferred_element_type: as there.
-      weight_gradient: ``dense`` unpacks the saved input for XLA's product; ``sparse`` computes
-        from its packed form, with sums in float32
-        (`swat_jax.kernels.sparse_conv_weight_gradient`). What that does not take is computed as
-        with ``dense``; a warning says so once.
+      algorithms: what computes the three products, see `swat_jax.algorithms`. What one of them does
+        not take is computed in the plain way; a warning says so once.
 
     Returns:
       (N, *spatial, out) of the type of ``x``, or of ``preferred_element_type``.
@@ -132,11 +131,6 @@ def swat_conv(
             f"kernel {kernel.shape} does not fit x {x.shape} with feature_group_count {groups}: "
             "needs kernel.shape[-2] * groups == x.shape[-1] and whole groups of outputs"
         )
-    if weight_gradient not in _WEIGHT_GRADIENTS:
-        raise UsageError(
-            f"weight_gradient must be one of {', '.join(_WEIGHT_GRADIENTS)}; "
-            f"got {weight_gradient!r}"
-        )
     conv = Convolution(
         strides=_per_axis(strides, spatial, "strides"),
         padding=_padding(padding, spatial),
@@ -154,12 +148,9 @@ def swat_conv(
         x, packed, activation_sparsity, activation_keep, activation_threshold
     )
     is_packed = packed is not None or capacity is not None
-    sparse = weight_gradient == "sparse" and kernels.takes_weight_gradient(
-        conv, x, kernel, is_packed
-    )
-    return _swat_product(
-        conv, granularity, capacity, x, kernel, packed, weights, activations, sparse=sparse
-    )
+    problem = Problem(conv, x.shape, kernel.shape, x.dtype, granularity, is_packed)
+    rule = _Rule(conv, granularity, kernel.dtype, capacity, problem, algorithms)
+    return _swat_product(rule, x, kernel, packed, weights, activations)
 
 
 def swat_linear(
@@ -176,6 +167,7 @@ def swat_linear(
     capacity: int | None = None,
     precision: Precision = None,
     preferred_element_type: Any = None,
+    algorithms: Algorithms = PLAIN,
 ) -> jax.Array:
     """Matrix product with sparse weights, by the rules of `swat_conv`.
 
@@ -197,6 +189,7 @@ def swat_linear(
         zeros.
       precision: as in `jax.lax.dot_general`.
       preferred_element_type: as there.
+      algorithms: what computes the three products, as in `swat_conv`: that of a 1x1 convolution.
 
     Returns:
       (..., out).
@@ -220,7 +213,16 @@ def swat_linear(
     activations = _activation_selection(
         x, packed, activation_sparsity, activation_keep, activation_threshold
     )
-    return _swat_product(product, "unstructured", capacity, x, kernel, packed, weights, activations)
+    problem = Problem.linear(
+        x.shape,
+        kernel.shape,
+        x.dtype,
+        is_packed=packed is not None or capacity is not None,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    rule = _Rule(product, "unstructured", kernel.dtype, capacity, problem, algorithms)
+    return _swat_product(rule, x, kernel, packed, weights, activations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,26 +295,23 @@ def _activation_selection(
 
 
 def _swat_product(
-    product: Convolution | _MatrixProduct,
-    granularity: str,
-    capacity: int | None,
+    rule: _Rule,
     x: jax.Array,
     kernel: jax.Array,
     packed: Packed | None,
     weights: _Selection,
     activations: _Selection,
-    *,
-    sparse: bool = False,
 ) -> jax.Array:
+    capacity = rule.capacity
     if capacity is not None and (isinstance(capacity, bool) or capacity < 1):
         raise UsageError(f"capacity must be a whole number of values >= 1, got {capacity!r}")
+    rule = dataclasses.replace(rule, algorithms=rule.algorithms.accepted(rule.problem))
     # In `shard_map` every operand must vary as the others do; the cast's transpose sums a
     # replicated kernel's gradient over the devices.
     everything = (x, kernel, packed, weights, activations)
     x, kernel, packed, weights, activations = jax.tree.map(
         lambda leaf: varying_like(leaf, everything), everything
     )
-    rule = _Rule(product, granularity, kernel.dtype, capacity, sparse)
     return _product(rule, x, kernel, packed, weights, activations)
 
 
@@ -322,7 +321,8 @@ class _Rule:
     granularity: str
     kernel_dtype: Any
     capacity: int | None
-    sparse: bool  # whether the weight gradient is computed from a packed input as it is
+    problem: Problem
+    algorithms: Algorithms  # that take the problem
 
     def masked_weights(self, kernel: jax.Array, keep: _Selection, dtype: Any) -> jax.Array:
         if keep == (None, None):
@@ -332,6 +332,40 @@ class _Rule:
             assert keep.keep is not None
             limit = kernels.threshold(granularities.score(kernel, self.granularity), keep.keep)
         return granularities.masked_weights(kernel, self.granularity, limit).astype(dtype)
+
+    def forward(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        if self.algorithms.is_plain("forward"):
+            return self.product(x, kernel)
+        y = jax.eval_shape(self.product, x, kernel)
+        return self._run("forward", self._pixels(x), self._window(kernel)).reshape(y.shape)
+
+    def input_gradient(self, x: Any, kernel: jax.Array, dy: jax.Array) -> jax.Array:
+        """Of ``x`` only shape and type matter: the product is linear in it."""
+        if self.algorithms.is_plain("input_gradient"):
+            (dx,) = jax.linear_transpose(lambda value: self.product(value, kernel), x)(dy)
+            return dx
+        dx = self._run("input_gradient", self._pixels(dy), self._window(kernel))
+        return dx.reshape(x.shape)
+
+    def weight_gradient(
+        self, x: jax.Array | Packed, least: jax.Array | None, kernel: jax.Array, dy: jax.Array
+    ) -> jax.Array:
+        if isinstance(x, Packed):
+            packed = dataclasses.replace(x, shape=self.problem.x)
+            dw = self._run("weight_gradient", packed, least, self._pixels(dy))
+            return dw.reshape(kernel.shape)
+        (dw,) = jax.linear_transpose(lambda value: self.product(x, value), kernel)(dy)
+        return kernels.settled_gradient(dw)
+
+    def _run(self, op: str, *operands: Any) -> jax.Array:
+        return run(op, self.algorithms[op], self.problem, *operands)
+
+    def _pixels(self, x: jax.Array) -> jax.Array:
+        """An input or output, of a linear layer as the problem has it."""
+        return x.reshape(-1, 1, 1, x.shape[-1]) if self.problem.is_linear else x
+
+    def _window(self, kernel: jax.Array) -> jax.Array:
+        return kernel.reshape(self.problem.kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -344,7 +378,7 @@ def _product(
     activations: _Selection,
 ) -> jax.Array:
     del packed, activations  # only the backward pass needs them
-    return rule.product(x, rule.masked_weights(kernel, weights, x.dtype))
+    return rule.forward(x, rule.masked_weights(kernel, weights, x.dtype))
 
 
 class _Residuals(NamedTuple):
@@ -362,7 +396,7 @@ def _product_forward(
     activations: _Selection,
 ) -> tuple[jax.Array, _Residuals]:
     masked = rule.masked_weights(kernel, weights, x.dtype)
-    y = rule.product(x, masked)
+    y = rule.forward(x, masked)
     if packed is not None:
         return y, _Residuals(packed, activations.threshold, masked)
     if activations == (None, None):
@@ -381,21 +415,12 @@ def _product_backward(
 ) -> tuple[jax.Array, jax.Array, None, None, None]:
     # The barrier keeps XLA from making the sparse residual early and keeping a dense copy.
     residuals, dy = lax.optimization_barrier((residuals, dy))
-    kernel = residuals.kernel
-    x = residuals.x
-    if isinstance(x, Packed) and rule.sparse:
-        assert isinstance(rule.product, Convolution)
-        window = (kernel.shape[0], kernel.shape[1])
-        dw = kernels.sparse_conv_weight_gradient(x, residuals.least, dy, rule.product, window)
-        # The product is linear in its input: only the type of that matters.
-        dense = jax.eval_shape(packing.unpack, x)
-        (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), dense)(dy)
-        return dx, dw.astype(rule.kernel_dtype), None, None, None
-    if isinstance(x, Packed):
-        x = kernels.unpack(x, residuals.least)
-    (dx,) = jax.linear_transpose(lambda value: rule.product(value, kernel), x)(dy)
-    (dw,) = jax.linear_transpose(lambda value: rule.product(x, value), kernel)(dy)
-    dw = kernels.settled_gradient(dw)
+    x, least, kernel = residuals
+    if isinstance(x, Packed) and rule.algorithms.is_plain("weight_gradient"):
+        x = kernels.unpack(x, least)
+    dense = jax.eval_shape(packing.unpack, x) if isinstance(x, Packed) else x
+    dx = rule.input_gradient(dense, kernel, dy)
+    dw = rule.weight_gradient(x, least, kernel, dy)
     return dx, dw.astype(rule.kernel_dtype), None, None, None
 
 

@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import math
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +37,7 @@ from swat_jax import (
 )
 from swat_jax.batch_norm import Vectors
 from swat_jax.convolution import Convolution
-from swat_jax.errors import UsageError
+from swat_jax.errors import UsageError, warn_once
 from swat_jax.max_pool import Pool
 from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import compact as compaction
@@ -86,7 +85,7 @@ def backend() -> str:
         return "cuda"
     if name == "cuda":
         raise UsageError(f"SWAT_JAX_BACKEND is cuda, but {status.reason}")
-    _warn_once(f"swat_jax trains without its CUDA kernels, slower and larger: {status.reason}")
+    warn_once(f"swat_jax trains without its CUDA kernels, slower and larger: {status.reason}")
     return "xla"
 
 
@@ -564,29 +563,21 @@ def compact(kernel: jax.Array, vector: int, chunk: int, multiple: int) -> Compac
     return _choose(call, twin, kernel)
 
 
-def takes_weight_gradient(
-    conv: Convolution, x: jax.Array, kernel: jax.Array, is_packed: bool
-) -> bool:
-    """Whether `sparse_conv_weight_gradient` takes the gradient of ``kernel``.
-
-    If not, it says why, once.
+def weight_gradient_refusal(
+    conv: Convolution, shape: tuple[int, ...], dtype: Any, kernel: tuple[int, ...]
+) -> str:
+    """Why `sparse_conv_weight_gradient` does not take a gradient here; empty if it does.
 
     Args:
       conv: the convolution.
-      x: its input.
-      kernel: its kernel.
-      is_packed: whether ``x`` is kept in packed form.
+      shape: of its input.
+      dtype: of its input.
+      kernel: shape of its kernel.
     """
-    reason = "" if is_packed else "x is not kept packed"
-    reason = reason or sparse_convolution.refusal(conv, x.shape, x.dtype, kernel.shape)
-    if not reason and _has_kernel("sparse_conv", x.dtype) and not _has_matrix_units():
+    reason = sparse_convolution.refusal(conv, shape, dtype, kernel)
+    if not reason and _has_kernel("sparse_conv", dtype) and not _has_matrix_units():
         reason = "the GPU is older than compute capability 8.0"
-    if reason:
-        _warn_once(
-            f"the weight gradient of the convolution of x {x.shape} with a kernel {kernel.shape} "
-            f"is computed from dense activations: {reason}"
-        )
-    return not reason
+    return reason
 
 
 def sparse_conv_weight_gradient(
@@ -799,6 +790,39 @@ def _sparse_conv_direct(
     return _choose(call, twin, x, kernel)
 
 
+def vector_refusal(
+    conv: Convolution, shape: tuple[int, ...], dtype: Any, kernel: tuple[int, ...], vector: int
+) -> str:
+    """Why `sparse_conv_vector_forward` does not take a convolution here; empty if it does.
+
+    Args:
+      conv: the convolution.
+      shape: of its input.
+      dtype: of its input.
+      kernel: shape of its kernel.
+      vector: output channels that are kept or dropped together.
+    """
+    reason = vector_convolution.refusal(conv, shape, dtype, kernel, vector, _shared_room())
+    if not reason and _has_kernel("sparse_conv_vector", dtype) and not _has_matrix_units():
+        reason = "the GPU is older than compute capability 8.0"
+    return reason
+
+
+def vector_cuts(
+    conv: Convolution, shape: tuple[int, ...], kernel: tuple[int, ...]
+) -> list[vector_convolution.Cut]:
+    """How its work may be cut here, beginning with what is chosen without a measurement.
+
+    Args:
+      conv: a convolution that is not refused.
+      shape: of its input.
+      kernel: shape of its kernel.
+    """
+    room = _shared_room()
+    first = vector_convolution.cut(conv, shape, kernel, room)
+    return list(dict.fromkeys((first, *vector_convolution.cuts(conv, shape, kernel, room))))
+
+
 def sparse_conv_vector_forward(
     x: jax.Array,
     kernel: jax.Array,
@@ -830,8 +854,7 @@ def sparse_conv_vector_forward(
     if kernel.dtype != x.dtype:
         raise UsageError(f"kernel must be {x.dtype} like x, got {kernel.dtype}")
     room = _shared_room()
-    reason = vector_convolution.refusal(conv, x.shape, x.dtype, kernel.shape, vector, room)
-    if reason:
+    if reason := vector_refusal(conv, x.shape, x.dtype, kernel.shape, vector):
         raise UsageError(f"there is no product that skips vectors: {reason}")
     output = jax.eval_shape(dataclasses.replace(conv, folds=False), x, kernel)
     if 0 in (*x.shape, *kernel.shape, *output.shape):
@@ -1008,8 +1031,3 @@ def _packed_results(dtype: Any, size: int, capacity: int) -> tuple[jax.ShapeDtyp
 def _packed(parts: Sequence[jax.Array], shape: tuple[int, ...]) -> Packed:
     values, bitmap, offsets, overflow = parts
     return Packed(values, bitmap, offsets, overflow, shape)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)

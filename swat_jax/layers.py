@@ -28,6 +28,7 @@ from jax import lax
 
 from swat_jax import kernels
 from swat_jax.activations import Activation
+from swat_jax.algorithms import PLAIN, Algorithms
 from swat_jax.errors import UsageError
 from swat_jax.functional import swat_conv, swat_linear
 from swat_jax.sparsity import granularity as granularities
@@ -40,7 +41,7 @@ LEAST_PACKED_SPARSITY = 0.15
 
 # What a SWAT layer has besides the attributes of the stock layer.
 SPARSE_ATTRIBUTES = (
-    *("granularity", "pack", "deterministic", "measure"),
+    *("granularity", "pack", "algorithms", "deterministic", "measure"),
     *("weight_sparsity", "activation_sparsity", "threshold_every_steps"),
     *("weight_budget", "weight_threshold", "activation_threshold", "threshold_age"),
     *("next_weight_threshold", "measured_sparsity"),
@@ -96,11 +97,13 @@ class _SwatLayer(nnx.Module):
         activation_sparsity: float | None,
         threshold_every_steps: int,
         pack: bool | None,
+        algorithms: Algorithms = PLAIN,
         dynamic_budget: bool = False,
     ) -> None:
         """Adds what a stock layer has not: see `SPARSE_ATTRIBUTES`."""
         self.granularity = granularities.check(granularity)
         self.pack = kernels.packs() if pack is None else pack
+        self.algorithms = algorithms
         self.deterministic = False
         self.measure = False
         self.set_sparsity(
@@ -179,8 +182,12 @@ class _SwatLayer(nnx.Module):
     @property
     def packs(self) -> bool:
         """Whether the saved input is packed in the present mode."""
-        sparse = self.activation_sparsity >= LEAST_PACKED_SPARSITY
-        return self.pack and sparse and not self.deterministic
+        return self.packs_in_training and not self.deterministic
+
+    @property
+    def packs_in_training(self) -> bool:
+        """Whether the saved input is packed in training mode."""
+        return self.pack and self.activation_sparsity >= LEAST_PACKED_SPARSITY
 
     @property
     def masks_own_kernel(self) -> bool:
@@ -209,6 +216,8 @@ class _SwatLayer(nnx.Module):
     def _selection(self, given: Activation, x: jax.Array, kernel: jax.Array) -> dict[str, Any]:
         """The arguments that say to `functional` what is kept, after a refresh if one is due.
 
+        And what computes it, in training.
+
         Args:
           given: the input as it came.
           x: the input as the product takes it.
@@ -218,7 +227,7 @@ class _SwatLayer(nnx.Module):
         if self.deterministic:
             return {"weight_keep": weight_keep, "activation_sparsity": 0.0}
         activation_keep = self.activation_keep(x.size)
-        selection: dict[str, Any] = {}
+        selection: dict[str, Any] = {"algorithms": self.algorithms}
 
         scores = granularities.score(kernel, self.granularity)
         if self.next_weight_threshold is not None:
@@ -364,7 +373,8 @@ class SwatConv(nnx.Conv, _SwatLayer):
       granularity: what a weight mask selects, see `swat_jax.sparsity.granularity`.
       threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
       pack: whether the saved input is packed; None: where `kernels.packs()` says so.
-      weight_gradient: ``dense`` or ``sparse``, see `swat_jax.functional.swat_conv`.
+      algorithms: what computes its products in training, see `swat_jax.algorithms`; in evaluation
+        mode all of them are plain.
 
     Raises:
       UsageError: if one of them is out of range.
@@ -387,7 +397,7 @@ class SwatConv(nnx.Conv, _SwatLayer):
         granularity: str = "unstructured",
         threshold_every_steps: int = 1,
         pack: bool | None = None,
-        weight_gradient: str = "dense",
+        algorithms: Algorithms = PLAIN,
         **kwargs: Any,
     ) -> None:
         # An own function that promotes types is obeyed; the stock one would round the kernel
@@ -397,13 +407,13 @@ class SwatConv(nnx.Conv, _SwatLayer):
         super().__init__(in_features, out_features, kernel_size, strides, **kwargs)
         # What is left is the method below, which the stock layer then calls.
         del self.conv_general_dilated
-        self.weight_gradient = weight_gradient
         self.start(
             granularity=granularity,
             weight_sparsity=weight_sparsity,
             activation_sparsity=activation_sparsity,
             threshold_every_steps=threshold_every_steps,
             pack=pack,
+            algorithms=algorithms,
         )
 
     def __call__(
@@ -458,8 +468,6 @@ class SwatConv(nnx.Conv, _SwatLayer):
             granularity=self.granularity,
             precision=precision,
             preferred_element_type=preferred_element_type,
-            # Without training nothing is saved.
-            weight_gradient="dense" if self.deterministic else self.weight_gradient,
             **self._selection(given or Activation(lhs), lhs, rhs),
         )
 
@@ -487,6 +495,7 @@ class SwatLinear(nnx.Linear, _SwatLayer):
         activation_sparsity: float | None = None,
         threshold_every_steps: int = 1,
         pack: bool | None = None,
+        algorithms: Algorithms = PLAIN,
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("promote_dtype", keep_kernel_dtype)
@@ -499,6 +508,7 @@ class SwatLinear(nnx.Linear, _SwatLayer):
             activation_sparsity=activation_sparsity,
             threshold_every_steps=threshold_every_steps,
             pack=pack,
+            algorithms=algorithms,
         )
 
     def __call__(self, inputs: jax.Array | Activation, out_sharding: Any = None) -> jax.Array:

@@ -70,6 +70,9 @@ def base() -> ConfigDict:
     # Keep saved activations in packed form. None: where there are kernels for it, but not under
     # momentum, whose budgets may come to keep everything.
     config.sparsity.pack = config_dict.placeholder(bool)
+    # What computes the layers' products: "tuned", by the table of swat_jax.tune for this device
+    # where there is one; "plain", masked weights and cuDNN; or the path of a table.
+    config.sparsity.algorithms = "tuned"
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 0.1

@@ -28,6 +28,8 @@ GATHERED_TILES = ((64, 64), (128, 128))
 _PIXELS, _MOST_RUN = 32, 960
 # Blocks that a large GPU holds at once; of those with many sums it holds half as many.
 _BLOCKS, _MANY_SUMS = 264, 2**14
+# What `cuts` tries: one, two and four blocks for every multiprocessor of a large GPU.
+_TRIED_BLOCKS = (132, 264, 528)
 # Chunks of pixels that a block takes at least, so that it is worth its start.
 _LEAST_CHUNKS = 8
 
@@ -121,6 +123,11 @@ class Cut:
     splits: int
     gathers: bool
 
+    @property
+    def name(self) -> str:
+        """Input and output channels of a block, and splits."""
+        return f"{self.tile[0]}x{self.tile[1]}/{self.splits}"
+
 
 def cut(
     conv: Convolution,
@@ -147,6 +154,26 @@ def cut(
         parts *= -(-channels // size)
     at_once = blocks or (_BLOCKS // 2 if math.prod(chosen) > _MANY_SUMS else _BLOCKS)
     return Cut(chosen, max(1, min(at_once // parts, chunks(dy) // _LEAST_CHUNKS)), gathers)
+
+
+def cuts(
+    conv: Convolution, shape: tuple[int, ...], dy: tuple[int, ...], window: tuple[int, ...]
+) -> list[Cut]:
+    """The cut of a gradient that is chosen without a measurement, then others worth a try.
+
+    Args:
+      conv: the convolution.
+      shape: of its input.
+      dy: shape of its output.
+      window: shape of its kernel without channels.
+    """
+    first = cut(conv, shape, dy, window)
+    others = [
+        cut(conv, shape, dy, window, tile, blocks)
+        for tile in tiles(first.gathers)
+        for blocks in _TRIED_BLOCKS
+    ]
+    return list(dict.fromkeys((first, *others)))
 
 
 def chunks(dy: tuple[int, ...]) -> int:

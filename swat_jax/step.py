@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from swat_jax import build, flops, network, optimizer, pruning
+from swat_jax import build, dispatch, flops, network, optimizer, pruning
 from swat_jax.data import Info, on_device
 from swat_jax.errors import UsageError
 from swat_jax.layers import MeasuredSparsity, find_weight_thresholds
@@ -450,6 +451,36 @@ def make_trainer(config: Any, info: Info, mesh: Mesh) -> tuple[Trainer, Callable
         return jax.jit(lambda tree: tree, out_shardings=trainer.state_sharding())(state)
 
     return trainer, make_state
+
+
+def choose_algorithms(trainer: Trainer) -> tuple[Trainer, tuple[str, ...]]:
+    """Gives the sparse layers what `config.sparsity.algorithms` chooses for them.
+
+    Returns:
+      A trainer whose steps compute with that; and lines that say so, for people.
+
+    Raises:
+      UsageError: a table that cannot be read, or several processes that have different ones.
+    """
+    config = trainer.config
+    model = nnx.merge(trainer.sparse.graph, *trainer.sparse.types.values())
+    images = (config.batch_size // trainer.mesh.size, *trainer.info.image_shape)
+    choice = dispatch.choose(
+        model,
+        jax.ShapeDtypeStruct(images, build.PRECISIONS[config.precision]),
+        config.sparsity.algorithms,
+        trainer.mesh.devices.flat[0].device_kind,
+    )
+    if jax.process_count() > 1:
+        # What they compile together must be the same.
+        mark = np.uint32(zlib.crc32(repr(sorted(choice.algorithms.items())).encode()))
+        if len(set(np.ravel(multihost_utils.process_allgather(mark)).tolist())) > 1:
+            raise UsageError(
+                f"{dispatch.SETTING} is {config.sparsity.algorithms!r}, and the processes of this "
+                f"run have different tables; give all of them the same one, or {dispatch.PLAIN_WAY}"
+            )
+    dispatch.apply(model, choice)
+    return dataclasses.replace(trainer, sparse=network.split(model)[0]), choice.notes
 
 
 def put_batch(trainer: Trainer, images: Any, labels: Any) -> tuple[jax.Array, jax.Array]:

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from swat_jax import checkpoint, data, flops, method, metrics, pruning, step
+from swat_jax import checkpoint, data, dispatch, flops, method, metrics, pruning, step
 from swat_jax.data import Info
 from swat_jax.errors import RunError, UsageError
 from swat_jax.feed import Feed, Inputs, Resident, Stream, total_steps
@@ -87,6 +87,7 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
         config, process_index=jax.process_index(), process_count=jax.process_count()
     )
     trainer, make_state = step.make_trainer(config, dataset.info, mesh)
+    trainer, notes = step.choose_algorithms(trainer)
     best = config.checkpoint.select == "best_holdout"
     feed = (Resident if config.data.on_device else Stream)(trainer, dataset)
     report = _Report()
@@ -125,6 +126,8 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
                 stream=silence,
             )
         )
+        for note in notes:
+            progress.message(note)
         if restored is not None:
             progress.message(f"resumed at step {done} from {checkpointer.directory}")
 
@@ -448,6 +451,7 @@ def _check(config: Any) -> None:
         value = config[key]
         if value is not None and (isinstance(value, bool) or value < 1):
             raise UsageError(f"config.{key} must be a whole number >= 1, got {value!r}")
+    dispatch.check(config.sparsity.algorithms)
     missing = DETERMINISTIC_FLAGS not in os.environ.get("XLA_FLAGS", "")
     if config.deterministic and missing and jax.default_backend() == "gpu":
         raise UsageError(

@@ -260,9 +260,11 @@ def test_an_unreadable_image_among_good_ones(on_device, tmp_path, capsys):
         ]
     )
     output, errors = capsys.readouterr()
-    assert (code, output, errors.count("\n")) == (2, "", 1)
-    assert errors.startswith(f"error: {bad}: ")
-    assert "replace" in errors
+    *said, error = errors.splitlines()
+    # Images that are read while training are missed after its start.
+    assert (code, output, len(said)) == (2, "", 0 if on_device else 1)
+    assert error.startswith(f"error: {bad}: ")
+    assert "replace" in error
     assert not (tmp_path / "run/checkpoints").exists()
 
 

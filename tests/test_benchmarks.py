@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swat_jax import config_file, step
+from swat_jax import config_file, step, timing
 from swat_jax.data import Info
 from swat_jax.models import vgg
 from swat_jax.models.densenet import DenseNet
@@ -395,8 +395,8 @@ def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
     everything = sparse_conv.problems(list(sparse_conv.NETWORKS), every=True)
     assert {one.window for one in everything} == {(1, 1), (3, 3)}
 
-    monkeypatch.setattr(sparse_conv, "COUNT", 1)
-    monkeypatch.setattr(sparse_conv, "REPEATS", 1)
+    monkeypatch.setattr(timing, "COUNT", 1)
+    monkeypatch.setattr(timing, "REPEATS", 1)
     small = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (4, 4), 2)
     row = sparse_conv.measure(small, 0.75, True, (1e6, 1e6), 0.0)
     assert row["operations"] == 2 * 2 * 9 * 16 * 8 * 16

@@ -17,7 +17,17 @@ from swat_jax.errors import RunError, UsageError, did_you_mean
 from tests.runs import ROOT
 
 PROGRAMS = (
-    *("main", "evaluate", "predict", "export", "flops", "info", "report", "data.prepare.__main__"),
+    *(
+        "main",
+        "evaluate",
+        "predict",
+        "export",
+        "flops",
+        "info",
+        "report",
+        "tune",
+        "data.prepare.__main__",
+    ),
 )
 
 

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from swat_jax import functional, kernels, native
+from swat_jax.algorithms import Algorithms
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv
 from tests import oracle
@@ -100,7 +101,7 @@ def test_a_weight_gradient_lowers_to_its_kernel(cuda, monkeypatch):
     def loss(x, kernel):
         y = functional.swat_conv(
             x, kernel, weight_sparsity=0.5, activation_sparsity=0.5, capacity=400,
-            weight_gradient="sparse",
+            algorithms=Algorithms(weight_gradient="sparse"),
         )  # fmt: skip
         return jnp.sum(y.astype(jnp.float32))
 

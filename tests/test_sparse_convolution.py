@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType
 
-from swat_jax import kernels, sparse_convolution
+from swat_jax import errors, kernels, sparse_convolution
+from swat_jax.algorithms import Algorithms
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
 from swat_jax.functional import swat_conv
@@ -23,6 +24,7 @@ from swat_jax.sparsity import packing
 
 ROOT = Path(__file__).parents[1]
 ONES = (1, 1)
+SPARSE = Algorithms(weight_gradient="sparse")
 # Window, strides, padding, of an input (3, 7, 6, 16).
 CONVS = [
     ((1, 1), (1, 1), "SAME"),
@@ -106,7 +108,7 @@ def test_the_gradient_of_swat_conv(window, strides, padding):
     made = {"capacity": x.size, "activation_threshold": least}
     dense_dx, _ = gradients(**given)
     for options in (given, made):
-        dx, dw = gradients(weight_gradient="sparse", **options)
+        dx, dw = gradients(algorithms=SPARSE, **options)
         np.testing.assert_array_equal(dx, dense_dx)
         assert dw.dtype == kernel.dtype
         np.testing.assert_array_equal(dw, expected)
@@ -132,7 +134,7 @@ def test_under_vmap_and_in_shard_map(fake_devices):
     def loss(kernel, x, dy):
         y = swat_conv(
             x, kernel, weight_sparsity=0, activation_threshold=2.0, capacity=x.size,
-            weight_gradient="sparse",
+            algorithms=SPARSE,
         )  # fmt: skip
         return jax.lax.psum(jnp.sum((y * dy).astype(jnp.float32)), "data")
 
@@ -180,20 +182,20 @@ def test_refusals(changes, shape, dtype, kernel, reason):
 def test_what_is_refused_is_computed_from_dense_activations_and_says_so_once():
     x = jax.random.normal(jax.random.key(0), (2, 5, 5, 8))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 8, 8))
-    kernels._warn_once.cache_clear()
+    errors.warn_once.cache_clear()
 
     def gradient(weight_gradient, **options):
         def loss(kernel):
             y = swat_conv(
                 x, kernel, weight_sparsity=0.5, activation_sparsity=0.5,
-                weight_gradient=weight_gradient, **options,
+                algorithms=Algorithms(weight_gradient=weight_gradient), **options,
             )  # fmt: skip
             return jnp.sum(y**2)
 
         return jax.grad(loss)(kernel)
 
     for options, reason in (({"capacity": 210}, "x is float32"), ({}, "x is not kept packed")):
-        with pytest.warns(RuntimeWarning, match=f"dense activations: {reason}"):
+        with pytest.warns(RuntimeWarning, match=f"by sparse: {reason}"):
             found = gradient("sparse", **options)
         np.testing.assert_array_equal(found, gradient("dense", **options))
         with warnings.catch_warnings():
@@ -206,8 +208,8 @@ def test_a_layer_takes_the_choice():
 
     def gradients(weight_gradient):
         layer = SwatConv(
-            16, 8, (3, 3), weight_sparsity=0.5, pack=True, weight_gradient=weight_gradient,
-            dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+            16, 8, (3, 3), weight_sparsity=0.5, pack=True, dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+            algorithms=Algorithms(weight_gradient=weight_gradient),
         )  # fmt: skip
         with contextlib.ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())

@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype, promote_dtype
 
 from swat_jax import kernels
+from swat_jax.algorithms import PLAIN, Algorithms
 from swat_jax.errors import UsageError
 from swat_jax.functional import swat_conv, swat_linear
 from swat_jax.sparsity import granularity as granularities
@@ -30,6 +31,7 @@ class SwatConv(nn.Conv):
       activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``; None: the weights'.
       granularity: what a weight mask selects, see `swat_jax.sparsity.granularity`.
       threshold_every_steps: steps between recomputed thresholds; 1 is exact SWAT.
+      algorithms: what computes its products in training, see `swat_jax.algorithms`.
       deterministic: True for evaluation.
 
     Example:
@@ -43,13 +45,14 @@ class SwatConv(nn.Conv):
     activation_sparsity: float | None = None
     granularity: str = "unstructured"
     threshold_every_steps: int = 1
+    algorithms: Algorithms = PLAIN
     deterministic: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Applies the convolution; see `flax.linen.Conv`."""
         _refuse(self, "conv_general_dilated", "conv_general_dilated_cls")
-        own = product(self, _settings(self), _chosen(self, deterministic))
+        own = product(self, _settings(self), _chosen(self, deterministic), self.algorithms)
         stock = nn.Conv(**_stock_fields(self, nn.Conv, conv_general_dilated=own))
         nn.share_scope(self, stock)
         return stock(inputs)
@@ -70,20 +73,24 @@ class SwatDense(nn.Dense):
 
     weight_sparsity: float = 0.0
     activation_sparsity: float | None = None
+    algorithms: Algorithms = PLAIN
     deterministic: bool = False
 
     @nn.compact
     def __call__(self, inputs: jax.Array, deterministic: bool | None = None) -> jax.Array:
         """Applies the linear map; see `flax.linen.Dense`."""
         _refuse(self, "dot_general", "dot_general_cls")
-        own = product(self, _settings(self), _chosen(self, deterministic))
+        own = product(self, _settings(self), _chosen(self, deterministic), self.algorithms)
         stock = nn.Dense(**_stock_fields(self, nn.Dense, dot_general=own))
         nn.share_scope(self, stock)
         return stock(inputs)
 
 
 def product(
-    layer: nn.Module, settings: LayerSparsity, deterministic: bool
+    layer: nn.Module,
+    settings: LayerSparsity,
+    deterministic: bool,
+    algorithms: Algorithms = PLAIN,
 ) -> Callable[..., jax.Array]:
     """What a stock layer calls for its product in place of that of `jax.lax`.
 
@@ -91,7 +98,9 @@ def product(
       layer: an `nn.Conv` or `nn.Dense` inside its call; thresholds become its variables.
       settings: how sparse it is.
       deterministic: whether this is evaluation.
+      algorithms: what computes the products, if it is not.
     """
+    used = PLAIN if deterministic else algorithms
     select = functools.partial(_selection, layer, settings, deterministic)
 
     def conv(
@@ -118,6 +127,7 @@ def product(
             feature_group_count=feature_group_count,
             granularity=settings.granularity,
             precision=precision,
+            algorithms=used,
             **rest,
             **select(lhs, rhs),
         )
@@ -126,7 +136,9 @@ def product(
         lhs: jax.Array, rhs: jax.Array, dimension_numbers: Any, precision: Any, **rest: Any
     ) -> jax.Array:
         del dimension_numbers  # always over the last axis of the input
-        return swat_linear(lhs, rhs, precision=precision, **rest, **select(lhs, rhs))
+        return swat_linear(
+            lhs, rhs, precision=precision, algorithms=used, **rest, **select(lhs, rhs)
+        )
 
     return conv if isinstance(layer, nn.Conv) else dot
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from swat_jax import kernels, sparse_convolution
+from swat_jax.algorithms import Algorithms
 from swat_jax.convolution import Convolution
 from swat_jax.functional import swat_conv
 from swat_jax.sparsity import packing
@@ -155,7 +156,7 @@ def test_training_computes_as_with_dense_activations():
         def loss(x, kernel):
             y = swat_conv(
                 x, kernel, weight_sparsity=0.8, activation_sparsity=0.8, capacity=x.size // 4,
-                weight_gradient=weight_gradient,
+                algorithms=Algorithms(weight_gradient=weight_gradient),
             )  # fmt: skip
             return jnp.sum(y.astype(jnp.float32) ** 2)
 
