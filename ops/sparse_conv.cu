@@ -3,6 +3,7 @@
 
 #include "sparse_conv.cuh"
 
+#include <algorithm>
 #include <limits>
 
 #include "packing.cuh"
@@ -10,7 +11,7 @@
 namespace swat {
 namespace {
 
-static_assert(conv::kBlock == kThreads && 32 * conv::kWordsOfTile == kTile);
+static_assert(32 * conv::kWordsOfTile == kTile);
 
 // The hardware, of compute capability 8.0 at least.
 template <typename T>
@@ -21,8 +22,14 @@ struct Gpu {
     return __shfl_sync(kFullWarp, threadIdx.x / 32, 0);
   }
   static __device__ __forceinline__ uint32_t block() { return blockIdx.x; }
-  static __device__ __forceinline__ void sync() { __syncthreads(); }
-  static __device__ __forceinline__ uint32_t sum(uint32_t value) { return warp_sum(value); }
+  // Waits until `count` threads came to a barrier; `arrive` comes there without waiting.
+  static __device__ __forceinline__ void sync(int barrier, int count) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+  }
+  static __device__ __forceinline__ void arrive(int barrier, int count) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+  }
+  static __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   static __device__ __forceinline__ uint32_t scan(uint32_t value) { return warp_scan(value); }
   static __device__ __forceinline__ uint32_t shuffle(uint32_t value, uint32_t lane) {
     return __shfl_sync(kFullWarp, value, static_cast<int>(lane));
@@ -43,6 +50,15 @@ struct Gpu {
         : "r"(static_cast<uint32_t>(condition)), "l"(from));
     return value;
   }
+  static __device__ __forceinline__ uint32_t take_if(bool condition, const uint16_t* from) {
+    uint32_t value;
+    asm volatile(
+        "{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.shared.u16 %0, [%2]; }"
+        : "=&r"(value)
+        : "r"(static_cast<uint32_t>(condition)), "r"(address(from))
+        : "memory");
+    return value;
+  }
   static __device__ __forceinline__ void put_if(bool condition, uint16_t* to, uint32_t value) {
     asm volatile(
         "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.u16 [%1], %2; }" ::"r"(
@@ -57,26 +73,42 @@ struct Gpu {
   static __device__ __forceinline__ void clear(uint16_t* to) {
     *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
   }
-  // 16 bytes to shared memory, zeros if they are not there: then nothing is read. They are on their
-  // way until `wait`.
-  static __device__ __forceinline__ void copy(uint16_t* to, const uint16_t* from, bool is_there) {
+  // The first `bytes` of 16 to shared memory, the others become zeros: of none nothing is read. They
+  // are on their way until `wait`.
+  static __device__ __forceinline__ void copy_part(uint16_t* to, const uint16_t* from,
+                                                   uint32_t bytes) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(is_there ? 16 : 0)
+                 "r"(bytes)
                  : "memory");
 #endif
   }
-  // Ends a group of copies; `wait` leaves at most kPending of the last groups on their way.
+  // A word, or zero.
+  static __device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from,
+                                                   bool is_there) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),
+                 "r"(is_there ? 4 : 0)
+                 : "memory");
+#endif
+  }
+  // Ends a group of copies; `wait` leaves at most so many of the last groups on their way.
   static __device__ __forceinline__ void commit() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
-  template <int kPending>
-  static __device__ __forceinline__ void wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
+  static __device__ __forceinline__ void wait(int pending) {
+    static_assert(conv::kMostStages == 8);
+    switch (pending) {
+      case 6: return wait_for<6>();
+      case 5: return wait_for<5>();
+      case 4: return wait_for<4>();
+      case 3: return wait_for<3>();
+      case 2: return wait_for<2>();
+      case 1: return wait_for<1>();
+      default: return wait_for<0>();
+    }
   }
   // Four matrices of 8 x 8 values, transposed; lane l says where row l % 8 of matrix l / 8 begins.
   static __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint16_t* from) {
@@ -108,14 +140,23 @@ struct Gpu {
   }
 
  private:
+  template <int kPending>
+  static __device__ __forceinline__ void wait_for() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+  }
   static __device__ __forceinline__ unsigned address(const void* shared) {
     return static_cast<unsigned>(__cvta_generic_to_shared(shared));
   }
 };
 
 // Two blocks share a multiprocessor where their sums leave enough registers.
+template <int M, int N>
+constexpr int kBlocksAtOnce = M * N <= 4096 ? 2 : 1;
+
 template <typename T, int M, int N, bool kGathers>
-__global__ void __launch_bounds__(kThreads, M* N <= 16384 && !kGathers ? 2 : 1)
+__global__ void __launch_bounds__(conv::kBlock, (kBlocksAtOnce<M, N>))
     weight_gradient_kernel(const __grid_constant__ conv::Problem problem, const float* least) {
 #if __CUDA_ARCH__ >= 800
   extern __shared__ uint4 dynamic[];
@@ -124,14 +165,14 @@ __global__ void __launch_bounds__(kThreads, M* N <= 16384 && !kGathers ? 2 : 1)
 #endif
 }
 
-// Adds up the parts of all splits, always in the same order: every warp a run of them, then the warps.
+// Adds up the slices of all splits and groups, always in the same order: every warp a run of them, then the warps.
 // A block makes 128 sums.
 __global__ void __launch_bounds__(kThreads)
-    add_splits_kernel(const float* partial, uint32_t splits, int64_t count, float* to) {
+    add_slices_kernel(const float* partial, uint32_t slices, int64_t count, float* to) {
   __shared__ float4 shared[kWarps][32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * 4;
-  const uint32_t begin = splits * warp / kWarps, end = splits * (warp + 1) / kWarps;
+  const uint32_t begin = slices * warp / kWarps, end = slices * (warp + 1) / kWarps;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   const auto add = [&](const float4& more) {
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
@@ -150,18 +191,32 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T, int M, int N, bool kGathers>
-cudaError_t launch_tiles(cudaStream_t stream, const conv::Problem& problem, const float* least) {
+cudaError_t launch_tiles(cudaStream_t stream, conv::Problem problem, const float* least) {
   const auto kernel = weight_gradient_kernel<T, M, N, kGathers>;
-  const uint32_t shared = conv::shared_bytes_of<Gpu<T>, M, N, kGathers>(problem.shape);
-  const cudaError_t code = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+  int device = 0, of_block = 0, of_all = 0, reserved = 0;
+  cudaError_t code = cudaGetDevice(&device);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (code == cudaSuccess) code = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  ask(of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   if (code != cudaSuccess) return code;
-  kernel<<<conv::Part<M, N>::blocks(problem.shape, problem.splits), kThreads, shared, stream>>>(
+  const int each = of_all / kBlocksAtOnce<M, N> - reserved;
+  if (!conv::fit<Gpu<T>, M, N, kGathers>(problem, std::min(of_block, each))) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const uint32_t shared =
+      conv::shared_bytes_of<Gpu<T>, M, N, kGathers>(problem.shape, problem.stages, problem.room);
+  code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared));
+  if (code != cudaSuccess) return code;
+  kernel<<<conv::Part<M, N>::blocks(problem.shape, problem.splits), conv::kBlock, shared, stream>>>(
       problem, least);
   return cudaGetLastError();
 }
 
-// The tiles there are: _TILES in swat_jax/sparse_convolution.py. `found` says whether this is one.
+// The tiles there are: TILES in swat_jax/sparse_convolution.py. `found` says whether this is one.
 template <typename T>
 cudaError_t launch_weight_gradient(cudaStream_t stream, const conv::Problem& problem,
                                    const float* least, int64_t m, int64_t n, bool gathers,
@@ -171,12 +226,15 @@ cudaError_t launch_weight_gradient(cudaStream_t stream, const conv::Problem& pro
   if (gathers) {
     if (is(64, 64)) return launch_tiles<T, 64, 64, true>(stream, problem, least);
     if (is(128, 128)) return launch_tiles<T, 128, 128, true>(stream, problem, least);
+    if (is(128, 256)) return launch_tiles<T, 128, 256, true>(stream, problem, least);
+    if (is(256, 128)) return launch_tiles<T, 256, 128, true>(stream, problem, least);
   } else {
     if (is(64, 64)) return launch_tiles<T, 64, 64, false>(stream, problem, least);
     if (is(64, 256)) return launch_tiles<T, 64, 256, false>(stream, problem, least);
     if (is(128, 128)) return launch_tiles<T, 128, 128, false>(stream, problem, least);
     if (is(128, 256)) return launch_tiles<T, 128, 256, false>(stream, problem, least);
     if (is(256, 64)) return launch_tiles<T, 256, 64, false>(stream, problem, least);
+    if (is(256, 128)) return launch_tiles<T, 256, 128, false>(stream, problem, least);
   }
   found = false;
   return cudaSuccess;
@@ -217,7 +275,7 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
   }
   const double everything = static_cast<double>(images) * input[0] * input[1] * in;
   if (everything >= 4294967296.0 ||
-      static_cast<double>(images) * rows * columns >= 2147483648.0 - conv::kPixels) {
+      static_cast<double>(images) * rows * columns >= 2147483648.0 - conv::pixels_of(64, 64)) {
     return invalid(std::string(kOp) + ": the input must have fewer than 2**32 values, and dy fewer "
                    "than 2**31 pixels");
   }
@@ -235,15 +293,17 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
                    {static_cast<int>(strides[0]), static_cast<int>(strides[1])},
                    {static_cast<int>(lows[0]), static_cast<int>(lows[1])}};
   const conv::Shape& shape = problem.shape;
-  if (!gathers && (!shape.is_plain() || in > conv::RunTable<Gpu<__half>, 64>::kMostIn)) {
+  if (!gathers && (!shape.is_plain() || in > conv::RunSource<Gpu<__half>, 64, 64>::kMostIn)) {
     return invalid(std::string(kOp) + ": gathers must be true but for windows of 1 at stride 1 and " +
-                   "at most " + std::to_string(conv::RunTable<Gpu<__half>, 64>::kMostIn) +
+                   "at most " + std::to_string(conv::RunSource<Gpu<__half>, 64, 64>::kMostIn) +
                    " input channels");
   }
-  if (splits < 1 || splits > shape.chunks()) {
-    return invalid(std::string(kOp) + ": splits must be 1 to " + std::to_string(shape.chunks()) +
-                   ", got " + std::to_string(splits));
+  const uint32_t chunks = shape.chunks(conv::pixels_of(tile[0], tile[1]));
+  if (splits < 1 || splits > chunks) {
+    return invalid(std::string(kOp) + ": splits must be 1 to " + std::to_string(chunks) + ", got " +
+                   std::to_string(splits));
   }
+  const int64_t slices = splits * conv::groups_of(tile[0], tile[1]);
   PackedShape packed;
   const ffi::DataType type = dy.element_type();
   if (type != ffi::BF16 && type != ffi::F16) {
@@ -254,7 +314,7 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
   SWAT_RETURN_IF_ERROR(check(kOp, "least", least, ffi::F32, batch));
   SWAT_RETURN_IF_ERROR(check(kOp, "dy", dy, type, batch * pixels * out, 16));
   SWAT_RETURN_IF_ERROR(check(kOp, "dw", *dw, ffi::F32, batch * sums, 16));
-  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::F32, batch * splits * sums, 16));
+  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::F32, batch * slices * sums, 16));
   if (!has_queues()) {
     return invalid(std::string(kOp) + ": needs a GPU of compute capability 8.0 or newer");
   }
@@ -263,7 +323,7 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
     problem.bitmap = static_cast<const uint32_t*>(bitmap.untyped_data()) + b * bitmap_words(n);
     problem.offsets = static_cast<const uint32_t*>(offsets.untyped_data()) + b * tiles_of(n);
     problem.dy = static_cast<const uint16_t*>(dy.untyped_data()) + b * pixels * out;
-    problem.partial = static_cast<float*>(scratch->untyped_data()) + b * splits * sums;
+    problem.partial = static_cast<float*>(scratch->untyped_data()) + b * slices * sums;
     problem.capacity = static_cast<uint32_t>(packed.capacity);
     problem.words = static_cast<uint32_t>(bitmap_words(n));
     problem.splits = static_cast<uint32_t>(splits);
@@ -279,8 +339,8 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
                      std::to_string(tile[1]) + " channels");
     }
     SWAT_RETURN_IF_ERROR(cuda_error(kOp, code));
-    add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), kThreads, 0, stream>>>(
-        problem.partial, problem.splits, sums, static_cast<float*>(dw->untyped_data()) + b * sums);
+    add_slices_kernel<<<static_cast<unsigned>((sums + 127) / 128), kThreads, 0, stream>>>(
+        problem.partial, static_cast<uint32_t>(slices), sums, static_cast<float*>(dw->untyped_data()) + b * sums);
     SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
   }
   return ffi::Error::Success();
