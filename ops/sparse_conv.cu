@@ -13,9 +13,32 @@ namespace {
 
 static_assert(32 * conv::kWordsOfTile == kTile);
 
+// Hopper moves registers from warps to others, so that there are as many producers as consumers. Where
+// it does not, a block with many sums has room for half as many.
+constexpr int kMoving = 8, kStaying = 4;
+#if __CUDA_ARCH_FEAT_SM90_ALL
+#define SWAT_MOVES_REGISTERS 1
+#endif
+// Two blocks share a multiprocessor where their sums leave enough registers.
+SWAT_INLINE constexpr int blocks_at_once(int sums) { return sums <= 4096 ? 2 : 1; }
+
 // The hardware, of compute capability 8.0 at least.
-template <typename T>
+template <typename T, int Producers>
 struct Gpu {
+  static constexpr int kProducers = Producers, kBlock = 32 * (conv::kConsumers + kProducers);
+  // A multiprocessor has 64 K of them: 512 threads start with 128.
+  template <bool kConsumes>
+  static __device__ __forceinline__ void registers() {
+#ifdef SWAT_MOVES_REGISTERS
+    if constexpr (kProducers == kMoving) {
+      if constexpr (kConsumes) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
+      } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+      }
+    }
+#endif
+  }
   static __device__ __forceinline__ uint32_t thread() { return threadIdx.x; }
   // The same register for all lanes, so that branches on it are known to be taken together.
   static __device__ __forceinline__ uint32_t warp() {
@@ -50,20 +73,20 @@ struct Gpu {
         : "r"(static_cast<uint32_t>(condition)), "l"(from));
     return value;
   }
-  static __device__ __forceinline__ uint32_t take_if(bool condition, const uint16_t* from) {
+  static __device__ __forceinline__ uint32_t take(const uint16_t* from) {
     uint32_t value;
-    asm volatile(
-        "{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.shared.u16 %0, [%2]; }"
-        : "=&r"(value)
-        : "r"(static_cast<uint32_t>(condition)), "r"(address(from))
-        : "memory");
+    asm volatile("{ .reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h; }"
+                 : "=r"(value)
+                 : "r"(address(from))
+                 : "memory");
     return value;
   }
-  static __device__ __forceinline__ void put_if(bool condition, uint16_t* to, uint32_t value) {
+  static __device__ __forceinline__ void put_if(bool condition, uint16_t* to, uint32_t index,
+                                                uint32_t value) {
     asm volatile(
         "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.u16 [%1], %2; }" ::"r"(
             static_cast<uint32_t>(condition)),
-        "r"(address(to)), "r"(value)
+        "r"(address(to) + 2 * index), "r"(value)
         : "memory");
   }
   static __device__ __forceinline__ void store(float* to, float first, float second) {
@@ -151,17 +174,22 @@ struct Gpu {
   }
 };
 
-// Two blocks share a multiprocessor where their sums leave enough registers.
-template <int M, int N>
-constexpr int kBlocksAtOnce = M * N <= 4096 ? 2 : 1;
-
-template <typename T, int M, int N, bool kGathers>
-__global__ void __launch_bounds__(conv::kBlock, (kBlocksAtOnce<M, N>))
+// Of the two numbers of producers every architecture has one: `launch_tiles` takes the one it has.
+template <typename T, int Producers, int M, int N, bool kGathers>
+__global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at_once(M* N))
     weight_gradient_kernel(const __grid_constant__ conv::Problem problem, const float* least) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ uint4 dynamic[];
-  conv::weight_gradient<Gpu<T>, M, N, kGathers>(Gpu<T>{}, problem, Limit<T>(*least).least,
-                                                reinterpret_cast<unsigned char*>(dynamic));
+#ifdef SWAT_MOVES_REGISTERS
+  constexpr bool kIsCompiled = Producers == (blocks_at_once(M * N) == 1 ? kMoving : kStaying);
+#else
+  constexpr bool kIsCompiled = Producers == kStaying;
+#endif
+  if constexpr (kIsCompiled) {
+    using Own = Gpu<T, Producers>;
+    extern __shared__ uint4 dynamic[];
+    conv::weight_gradient<Own, M, N, kGathers>(Own{}, problem, Limit<T>(*least).least,
+                                               reinterpret_cast<unsigned char*>(dynamic));
+  }
 #endif
 }
 
@@ -190,9 +218,10 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<float4*>(to + i) = sum;
 }
 
-template <typename T, int M, int N, bool kGathers>
-cudaError_t launch_tiles(cudaStream_t stream, conv::Problem problem, const float* least) {
-  const auto kernel = weight_gradient_kernel<T, M, N, kGathers>;
+template <typename T, int Producers, int M, int N, bool kGathers>
+cudaError_t launch_producers(cudaStream_t stream, conv::Problem problem, const float* least) {
+  using Own = Gpu<T, Producers>;
+  const auto kernel = weight_gradient_kernel<T, Producers, M, N, kGathers>;
   int device = 0, of_block = 0, of_all = 0, reserved = 0;
   cudaError_t code = cudaGetDevice(&device);
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
@@ -202,18 +231,33 @@ cudaError_t launch_tiles(cudaStream_t stream, conv::Problem problem, const float
   ask(of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   ask(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   if (code != cudaSuccess) return code;
-  const int each = of_all / kBlocksAtOnce<M, N> - reserved;
-  if (!conv::fit<Gpu<T>, M, N, kGathers>(problem, std::min(of_block, each))) {
+  const int each = of_all / blocks_at_once(M * N) - reserved;
+  if (!conv::fit<Own, M, N, kGathers>(problem, static_cast<uint32_t>(std::min(of_block, each)))) {
     return cudaErrorInvalidConfiguration;
   }
   const uint32_t shared =
-      conv::shared_bytes_of<Gpu<T>, M, N, kGathers>(problem.shape, problem.stages, problem.room);
+      conv::shared_bytes_of<Own, M, N, kGathers>(problem.shape, problem.stages, problem.room);
   code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               static_cast<int>(shared));
   if (code != cudaSuccess) return code;
-  kernel<<<conv::Part<M, N>::blocks(problem.shape, problem.splits), conv::kBlock, shared, stream>>>(
+  kernel<<<conv::Part<M, N>::blocks(problem.shape, problem.splits), Own::kBlock, shared, stream>>>(
       problem, least);
   return cudaGetLastError();
+}
+
+template <typename T, int M, int N, bool kGathers>
+cudaError_t launch_tiles(cudaStream_t stream, const conv::Problem& problem, const float* least) {
+  if constexpr (blocks_at_once(M * N) == 1) {
+    cudaFuncAttributes found;
+    const cudaError_t code =
+        cudaFuncGetAttributes(&found, weight_gradient_kernel<T, kMoving, M, N, kGathers>);
+    if (code != cudaSuccess) return code;
+    // One that this architecture has not is empty, and needs next to none.
+    if (found.numRegs > 64) {
+      return launch_producers<T, kMoving, M, N, kGathers>(stream, problem, least);
+    }
+  }
+  return launch_producers<T, kStaying, M, N, kGathers>(stream, problem, least);
 }
 
 // The tiles there are: TILES in swat_jax/sparse_convolution.py. `found` says whether this is one.
@@ -293,9 +337,9 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
                    {static_cast<int>(strides[0]), static_cast<int>(strides[1])},
                    {static_cast<int>(lows[0]), static_cast<int>(lows[1])}};
   const conv::Shape& shape = problem.shape;
-  if (!gathers && (!shape.is_plain() || in > conv::RunSource<Gpu<__half>, 64, 64>::kMostIn)) {
+  if (!gathers && (!shape.is_plain() || in > conv::kMostRun)) {
     return invalid(std::string(kOp) + ": gathers must be true but for windows of 1 at stride 1 and " +
-                   "at most " + std::to_string(conv::RunSource<Gpu<__half>, 64, 64>::kMostIn) +
+                   "at most " + std::to_string(conv::kMostRun) +
                    " input channels");
   }
   const uint32_t chunks = shape.chunks(conv::pixels_of(tile[0], tile[1]));

@@ -5,7 +5,7 @@
 // of chunks of pixels; `sparse_conv.cu` adds up what the blocks of all ranges made.
 //
 // Warps have two jobs, and a chunk is one turn of both:
-//   - four producers put the kept values of x into a tile of zeros in shared memory, one of two. A
+//   - producers put the kept values of x into a tile of zeros in shared memory, one of two. A
 //     warp takes 2,048 values of the bitmap, the unit of `offsets`: one scan of their counts says where
 //     the values of every word begin, and words and values came to shared memory a turn before;
 //   - eight consumers multiply it with dY's on tensor cores, which they copied there many turns before.
@@ -51,12 +51,12 @@
 namespace swat {
 namespace conv {
 
-constexpr int kConsumers = 8, kProducers = 4;  // warps
-constexpr int kBlock = 32 * (kConsumers + kProducers);  // threads
+constexpr int kConsumers = 8;     // warps; producers are `Gpu::kProducers`
 constexpr int kSteps = 2;         // of 16 pixels that a consumer multiplies in a turn
 constexpr int kRing = 2;          // tiles of x
 constexpr int kMostStages = 8;    // tiles of dY
 constexpr uint32_t kWordsOfTile = 64;  // of a bitmap, for every entry of `offsets`
+constexpr uint32_t kMostRun = 512;  // input channels of pixels that are not gathered
 constexpr uint32_t kNowhere = ~0u;
 
 SWAT_INLINE uint32_t count_bits(uint32_t word) {
@@ -194,7 +194,8 @@ constexpr int kAmongProducers = 1 + 2 * kRing;
 // ---- Producers ----------------------------------------------------------------------------------
 
 // Puts the values of a word to where `place` says for each of its bits, four at a time: as many as the
-// warp's fullest word has. Values below `least` are left out; no NaN is. `load` reads the values.
+// warp's fullest word has. Values below `least` are left out; no NaN is. `load` reads a value, or for
+// what is not there anything below `least`: it has to say so itself where bits and `count` differ.
 template <typename Gpu, typename Load, typename Place>
 SWAT_DEVICE void scatter(const Gpu& gpu, uint32_t bits, uint32_t count, uint32_t least,
                          const Load& load, const Place& place) {
@@ -206,8 +207,7 @@ SWAT_DEVICE void scatter(const Gpu& gpu, uint32_t bits, uint32_t count, uint32_t
     for (uint32_t s = 0; s < kAtOnce; ++s) waiting[s] = load(g + s < count, g + s);
     SWAT_UNROLL
     for (uint32_t s = 0; s < kAtOnce; ++s) {
-      // Of what is not there zero was read, which is below any `least`.
-      place((waiting[s] & 0x7fff) >= least, lowest_bit(bits), waiting[s]);
+      place(bits != 0 && (waiting[s] & 0x7fff) >= least, lowest_bit(bits), waiting[s]);
       bits &= bits - 1;
     }
   }
@@ -224,7 +224,9 @@ SWAT_INLINE uint32_t within(uint32_t count, uint32_t rank, uint32_t capacity) {
 template <typename Gpu, int M, int N>
 struct RunSource {
   static constexpr uint32_t kPixels = Tile<M, N>::kPixels, kPitch = Tile<M, N>::kPitchX;
-  static constexpr uint32_t kTileValues = 32 * kWordsOfTile, kMostIn = 512;
+  static constexpr uint32_t kTileValues = 32 * kWordsOfTile;
+  // Bytes that `scatter` may read after the last value of a word, and does not use.
+  static constexpr uint32_t kBeyond = 80;
   struct Entry {
     uint32_t bits, before;  // a word, and how many values of the tile are kept before it
   };
@@ -236,14 +238,15 @@ struct RunSource {
   static SWAT_INLINE uint32_t units(uint32_t in) {
     const uint32_t values = kPixels * in;
     const uint32_t tiles = values / kTileValues + (values % kTileValues == 0 ? 0 : 2);
-    return (tiles + kProducers - 1) / kProducers;
+    return (tiles + Gpu::kProducers - 1) / Gpu::kProducers;
   }
   static SWAT_INLINE uint32_t slot_bytes(uint32_t room) { return 4 * kWordsOfTile + 2 * (room + 8); }
   static SWAT_INLINE uint32_t warp_bytes(uint32_t in, uint32_t room) {
-    return kWordsOfTile * static_cast<uint32_t>(sizeof(Entry)) + 2 * units(in) * slot_bytes(room);
+    return kWordsOfTile * static_cast<uint32_t>(sizeof(Entry)) + 2 * units(in) * slot_bytes(room) +
+           kBeyond;
   }
   static SWAT_INLINE uint32_t bytes(const Shape& shape, uint32_t room) {
-    return kProducers * warp_bytes(shape.in, room);
+    return Gpu::kProducers * warp_bytes(shape.in, room);
   }
 
   const Problem& problem;
@@ -288,7 +291,7 @@ struct RunSource {
   SWAT_INLINE uint32_t early(uint32_t rank) const { return (rank + skew) % 8; }
 
   SWAT_DEVICE void look(const Gpu& gpu, uint32_t turn) {
-    const uint32_t own = producer + lane * kProducers;
+    const uint32_t own = producer + lane * Gpu::kProducers;
     if (own >= count(turn)) return;
     const uint32_t tile = first_tile(turn) + own;
     later.begin = gpu.load(problem.offsets + tile);
@@ -306,7 +309,7 @@ struct RunSource {
   // Requests the words and values of a turn.
   SWAT_DEVICE void ask(const Gpu& gpu, uint32_t turn) {
     const uint32_t all = count(turn);
-    for (uint32_t unit = 0, own = producer; own < all; ++unit, own += kProducers) {
+    for (uint32_t unit = 0, own = producer; own < all; ++unit, own += Gpu::kProducers) {
       unsigned char* const to = slot(turn, unit);
       const uint32_t word = (first_tile(turn) + own) * kWordsOfTile + lane;
       uint32_t* const words = reinterpret_cast<uint32_t*>(to) + lane;
@@ -333,7 +336,7 @@ struct RunSource {
   // Scatters the values of a turn; those of the next are on their way.
   SWAT_DEVICE void put(const Gpu& gpu, uint32_t turn, uint32_t least, uint16_t* tile) {
     const uint32_t all = count(turn);
-    for (uint32_t unit = 0, own = producer; own < all; ++unit, own += kProducers) {
+    for (uint32_t unit = 0, own = producer; own < all; ++unit, own += Gpu::kProducers) {
       put_unit(gpu, least, tile, slot(turn, unit), gpu.shuffle(now.begin, unit),
                (first_tile(turn) + own) * kTileValues - first_value(turn));
     }
@@ -359,7 +362,7 @@ struct RunSource {
       if (is_near) {
         const uint16_t* const from = near + early(first) + rank;
         scatter(gpu, bits, count_bits(bits), least,
-                [&](bool is_there, uint32_t s) { return gpu.take_if(is_there, from + s); }, place);
+                [&](bool, uint32_t s) { return gpu.take(from + s); }, place);
       } else {
         const uint16_t* const from = problem.values + first + rank;
         scatter(gpu, bits, within(count_bits(bits), first + rank, problem.capacity), least,
@@ -375,7 +378,7 @@ struct RunSource {
                                  : Entry{0, 0};
         uint16_t* const to = tile + (row + pixel) * kPitch + 32 * word;
         put(at.bits, at.before, [&](bool is_there, uint32_t bit, uint32_t value) {
-          gpu.put_if(is_there, to + bit, value);
+          gpu.put_if(is_there, to, bit, value);
         });
       }
     } else {
@@ -389,11 +392,11 @@ struct RunSource {
           if (is_there) {
             while (c >= in) c -= in, ++r;
           }
-          gpu.put_if(is_there && c - first_channel < M, tile + r * kPitch + c - first_channel, value);
+          gpu.put_if(is_there && c - first_channel < M, tile, r * kPitch + c - first_channel, value);
         });
       }
     }
-    gpu.sync_warp();  // before the table and the slot are used again
+    gpu.sync_warp();  // before the slot and the table are used again
   }
 };
 
@@ -401,8 +404,9 @@ struct RunSource {
 template <typename Gpu, int M, int N>
 struct GatherSource {
   static constexpr uint32_t kPixels = Tile<M, N>::kPixels, kPitch = Tile<M, N>::kPitchX;
-  static constexpr uint32_t kLanes = 8, kBits = M / kLanes, kAtOnce = 2;
-  static constexpr uint32_t kPixelsOfStep = 32 / kLanes * kProducers;
+  static constexpr uint32_t kLanes = 8, kBits = M / kLanes;
+  static constexpr uint32_t kPixelsOfStep = 32 / kLanes * Gpu::kProducers;
+  static constexpr uint32_t kAtOnce = kPixels / kPixelsOfStep % 2 == 0 ? 2 : 1;  // steps
   static_assert(kBits % 8 == 0 && kBits <= 32 && kPixels % (kPixelsOfStep * kAtOnce) == 0);
   static SWAT_INLINE uint32_t bytes(const Shape&, uint32_t) { return 0; }
 
@@ -444,7 +448,7 @@ struct GatherSource {
         scatter(gpu, bits[e], within(count, rank, problem.capacity), least,
                 [&](bool is_there, uint32_t s) { return gpu.load_if(is_there, from + s); },
                 [&](bool is_there, uint32_t bit, uint32_t value) {
-                  gpu.put_if(is_there, to + bit, value);
+                  gpu.put_if(is_there, to, bit, value);
                 });
       }
     }
@@ -493,17 +497,17 @@ SWAT_DEVICE void produce(const Gpu& gpu, const Problem& problem, uint32_t least,
   source.start(gpu);
   for (uint32_t turn = 0; turn < chunks; ++turn) {
     source.ahead(gpu, turn);
-    if (turn >= kRing) gpu.sync(empty(turn), kBlock);
+    if (turn >= kRing) gpu.sync(empty(turn), Gpu::kBlock);
     uint16_t* const tile = x_tiles + turn % kRing * Layout::kValuesX;
     SWAT_UNROLL
-    for (int v = 0; v < Layout::kValuesX; v += 8 * 32 * kProducers) {
+    for (int v = 0; v < Layout::kValuesX; v += 8 * 32 * Gpu::kProducers) {
       const int own = v + 8 * static_cast<int>(thread);
       if (own < Layout::kValuesX) gpu.clear(tile + own);
     }
     gpu.wait(1);
-    gpu.sync(kAmongProducers, 32 * kProducers);  // the tile is clear, and what was requested there
+    gpu.sync(kAmongProducers, 32 * Gpu::kProducers);  // the tile is clear, and what was requested there
     source.put(gpu, turn, least, tile);
-    gpu.arrive(full(turn), kBlock);
+    gpu.arrive(full(turn), Gpu::kBlock);
   }
 }
 
@@ -559,7 +563,7 @@ SWAT_DEVICE void consume(const Gpu& gpu, const Problem& problem, const uint16_t*
   for (uint32_t s = 1; s < problem.stages; ++s) copy_dy();
   for (uint32_t turn = 0; turn < chunks; ++turn) {
     gpu.wait(static_cast<int>(problem.stages) - 2);
-    gpu.sync(full(turn), kBlock);  // dY and x of this turn are there
+    gpu.sync(full(turn), Gpu::kBlock);  // dY and x of this turn are there
     copy_dy();  // to where all consumers have read, the turn before
     const uint16_t* const x = x_tiles + turn % kRing * Layout::kValuesX + own_x;
     const uint16_t* const dy = dy_tiles + stage * Layout::kValuesDy + own_dy;
@@ -581,7 +585,7 @@ SWAT_DEVICE void consume(const Gpu& gpu, const Problem& problem, const uint16_t*
         }
       }
     }
-    if (turn + kRing < chunks) gpu.arrive(empty(turn), kBlock);
+    if (turn + kRing < chunks) gpu.arrive(empty(turn), Gpu::kBlock);
     stage = stage + 1 == problem.stages ? 0 : stage + 1;
   }
 
@@ -634,8 +638,10 @@ SWAT_DEVICE void weight_gradient(const Gpu& gpu, const Problem& problem, uint32_
   uint16_t* const x_tiles = reinterpret_cast<uint16_t*>(shared);
   uint16_t* const dy_tiles = x_tiles + kRing * Layout::kValuesX;
   if (gpu.warp() < kConsumers) {
+    gpu.template registers<true>();
     consume<Gpu, M, N>(gpu, problem, x_tiles, dy_tiles);
   } else {
+    gpu.template registers<false>();
     produce<Gpu, M, N, kGathers>(
         gpu, problem, least, x_tiles,
         reinterpret_cast<unsigned char*>(dy_tiles + problem.stages * Layout::kValuesDy));

@@ -23,9 +23,9 @@ from swat_jax.sparsity.varying import varying_like
 # Sums that a block makes, of input and output channels: `launch_weight_gradient` in ops/ has these.
 TILES = ((64, 64), (64, 256), (128, 128), (128, 256), (256, 64), (256, 128))
 GATHERED_TILES = ((64, 64), (128, 128), (128, 256), (256, 128))
-# Pixels that a group of warps multiplies at a time, sums up to which a block has two such groups with
-# sums of their own, and input channels up to which pixels need not be gathered: `pixels_of`,
-# `groups_of` and `kMostIn` there.
+# Pixels that a group of warps multiplies at a time, sums up to which a block has two such groups
+# with sums of their own, and input channels up to which pixels need not be gathered: `pixels_of`,
+# `groups_of` and `kMostRun` there.
 _PIXELS, _TWO_GROUPS, _MOST_RUN = 32, 2**14, 512
 # Blocks that a large GPU holds at once; of those with few sums it holds twice as many.
 _BLOCKS, _FEW_SUMS = 132, 2**12
@@ -187,6 +187,5 @@ def _tile(channels: int, outputs: int, gathers: bool) -> tuple[int, int]:
         return (256, 64) if channels > 128 else (64, 64)
     if channels <= 128 and outputs <= 128:
         return 128, 128
-    # Few outputs, or more work for the values than for the products: every value is unpacked once for
-    # each tile of outputs.
+    # Every value is unpacked once for each tile of outputs, and dY is read once for each of inputs.
     return (256, 128) if channels > 128 and outputs <= 2 * channels else (128, 256)

@@ -4,11 +4,12 @@
 //
 // What the hardware does is done here by the PTX manual's words. Threads are coroutines: they change
 // only where they wait for each other, and a warp, drawn at random, goes as far as it can before
-// another goes on. Copies arrive as late as they may. So a barrier that is missing shows.
+// another goes on. Copies arrive at once or as late as they may. So a barrier that is missing shows.
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -25,7 +26,7 @@ namespace {
 
 using namespace swat::conv;
 
-constexpr int kWarps = kConsumers + kProducers;
+constexpr int kMostWarps = kConsumers + 8;
 
 void fail(const char* what) {
   std::printf("FAILED: %s\n", what);
@@ -33,6 +34,8 @@ void fail(const char* what) {
 }
 
 // ---- A block of threads -------------------------------------------------------------------------
+
+using Words = std::array<uint32_t, 10>;  // what a lane gives others, or takes
 
 class Block;
 Block* current = nullptr;
@@ -46,19 +49,22 @@ struct Copy {
   void* to;
   const void* from;
   uint32_t bytes, wide;  // what is read, and what is written: zeros follow
+  void arrive() const {
+    std::memset(to, 0, wide);
+    std::memcpy(to, from, bytes);
+  }
 };
 
 class Block {
  public:
-  Block(uint32_t index, unsigned seed, std::vector<Range> readable, Range writable,
+  Block(int threads, uint32_t index, unsigned seed, std::vector<Range> readable, Range writable,
         Range shared)
-      : index(index), readable(readable), writable(writable), shared(shared), generator_(seed), fibers_(kBlock) {}
+      : index(index), readable(readable), writable(writable), shared(shared), generator_(seed), fibers_(threads) {}
 
   void run(const std::function<void()>& body) {
     current = this;
     body_ = &body;
-    for (int t = 0; t < kBlock; ++t) {
-      Fiber& fiber = fibers_[t];
+    for (Fiber& fiber : fibers_) {
       fiber.stack.resize(96 * 1024);
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -68,7 +74,7 @@ class Block {
     }
     while (true) {
       std::vector<int> ready;
-      for (int w = 0; w < kWarps; ++w) {
+      for (int w = 0; w < static_cast<int>(fibers_.size()) / 32; ++w) {
         if (can_run(w)) ready.push_back(w);
       }
       if (ready.empty()) break;
@@ -112,6 +118,7 @@ class Block {
     act();
     ++meeting.turn;
   }
+  unsigned draw() { return static_cast<unsigned>(generator_()); }
   Meeting& barrier(int number) {
     if (number < 1 || number > 15) fail("a barrier that devices do not have");
     return barriers_[number];
@@ -120,7 +127,7 @@ class Block {
 
   // What the lanes of a warp give each other: `act(given, taken)`.
   template <typename Act>
-  std::vector<uint32_t> exchange(const std::vector<uint32_t>& own, Act act) {
+  Words exchange(const Words& own, Act act) {
     Warp& warp = warps_[thread / 32];
     const unsigned turn = warp.meeting.turn;
     warp.given[thread % 32] = own;
@@ -163,7 +170,7 @@ class Block {
   };
   struct Warp {
     Meeting meeting;
-    std::vector<uint32_t> given[32], taken[2][32];
+    Words given[32], taken[2][32];
   };
   static void start() {
     Block& block = *current;
@@ -180,7 +187,7 @@ class Block {
 
   std::mt19937 generator_;
   std::vector<Fiber> fibers_;
-  Warp warps_[kWarps];
+  Warp warps_[kMostWarps];
   Meeting barriers_[16];
   ucontext_t scheduler_;
   const std::function<void()>* body_ = nullptr;
@@ -215,18 +222,23 @@ struct Float16 {
   }
   static uint16_t narrow(float value) {  // of small whole numbers
     if (std::isnan(value)) return 0x7e00;
-    for (uint32_t bits = 0; bits < 0x7c00; ++bits) {
-      if (widen(bits) == std::abs(value)) return static_cast<uint16_t>(bits | (value < 0) << 15);
-    }
-    fail("no float16");
-    return 0;
+    if (value == 0) return 0;
+    int exponent;
+    const float fraction = std::frexp(std::abs(value), &exponent);
+    const auto bits = static_cast<uint32_t>(exponent + 14) << 10 | static_cast<uint32_t>(fraction * 2048 - 1024);
+    if (widen(bits) != std::abs(value)) fail("no float16");
+    return static_cast<uint16_t>(bits | (value < 0) << 15);
   }
 };
 
 // ---- What the hardware does ---------------------------------------------------------------------
 
-template <typename Format>
+template <typename Format, int Producers>
 struct Emulated {
+  static constexpr int kProducers = Producers, kBlock = 32 * (kConsumers + kProducers);
+  template <bool>
+  static void registers() {}
+
   static uint32_t thread() { return current->thread; }
   static uint32_t warp() { return current->thread / 32; }
   static uint32_t block() { return current->index; }
@@ -270,13 +282,14 @@ struct Emulated {
     if (condition) current->check_read(from, 2);
     return condition ? *from : 0;
   }
-  static uint32_t take_if(bool condition, const uint16_t* from) {
-    if (condition) current->check_shared(from, 2);
-    return condition ? *from : 0;
+  static uint32_t take(const uint16_t* from) {
+    current->check_shared(from, 2);
+    return *from;
   }
-  static void put_if(bool condition, uint16_t* to, uint32_t value) {
-    if (condition) current->check_shared(to, 2);
-    if (condition) *to = static_cast<uint16_t>(value);
+  static void put_if(bool condition, uint16_t* to, uint32_t index, uint32_t value) {
+    if (!condition) return;
+    current->check_shared(to + index, 2);
+    to[index] = static_cast<uint16_t>(value);
   }
   static void store(float* to, float first, float second) {
     current->check_write(to, 8);
@@ -301,6 +314,7 @@ struct Emulated {
     }
     if (copy.bytes != 0) current->check_read(copy.from, copy.bytes);
     current->check_shared(copy.to, copy.wide);
+    if (current->draw() % 2 != 0) return copy.arrive();
     // What is on its way may be anything.
     std::memset(copy.to, 0xff, copy.wide);
     current->groups().back().push_back(copy);
@@ -310,10 +324,7 @@ struct Emulated {
     auto& groups = current->groups();
     // The last one is still open.
     while (static_cast<int>(groups.size()) - 1 > pending) {
-      for (const Copy& copy : groups.front()) {
-        std::memset(copy.to, 0, copy.wide);
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      }
+      for (const Copy& copy : groups.front()) copy.arrive();
       groups.erase(groups.begin());
     }
   }
@@ -323,7 +334,7 @@ struct Emulated {
   static void load_matrices(uint32_t (&to)[4], const uint16_t* from) {
     if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a matrix across 16 bytes");
     const auto address = reinterpret_cast<uint64_t>(from);
-    const std::vector<uint32_t> own = {static_cast<uint32_t>(address),
+    const Words own = {static_cast<uint32_t>(address),
                                        static_cast<uint32_t>(address >> 32)};
     const auto taken = current->exchange(own, [](auto& given, auto& taken) {
       const auto row_of = [&](int lane) {
@@ -331,7 +342,6 @@ struct Emulated {
                                                  given[lane][0]);
       };
       for (int l = 0; l < 32; ++l) {
-        taken[l].assign(4, 0);
         for (int m = 0; m < 4; ++m) {
           const uint32_t low = row_of(8 * m + l % 4 * 2)[l / 4];
           const uint32_t high = row_of(8 * m + l % 4 * 2 + 1)[l / 4];
@@ -339,17 +349,13 @@ struct Emulated {
         }
       }
     });
-    std::copy(taken.begin(), taken.end(), to);
+    std::copy(taken.begin(), taken.begin() + 4, to);
   }
 
   // Fragments of mma.m16n8k16 for 16-bit values, as the manual lists them.
   static void multiply(float (&sums)[4], const uint32_t (&left)[4], uint32_t low, uint32_t high) {
-    std::vector<uint32_t> own = {left[0], left[1], left[2], left[3], low, high};
-    for (const float sum : sums) {
-      uint32_t bits;
-      std::memcpy(&bits, &sum, 4);
-      own.push_back(bits);
-    }
+    Words own = {left[0], left[1], left[2], left[3], low, high};
+    std::memcpy(&own[6], &sums, sizeof(sums));
     const auto taken = current->exchange(own, [](auto& given, auto& taken) {
       float a[16][16], b[16][8];
       for (int l = 0; l < 32; ++l) {
@@ -365,7 +371,6 @@ struct Emulated {
         }
       }
       for (int l = 0; l < 32; ++l) {
-        taken[l].assign(4, 0);
         for (int i = 0; i < 4; ++i) {
           const int row = i < 2 ? l / 4 : l / 4 + 8, column = l % 4 * 2 + (i & 1);
           float sum;
@@ -407,8 +412,9 @@ Range range_of(Pointer begin, size_t count) {
 }
 
 // Everything is a whole number that is small enough for exact sums in any order.
-template <typename Format, int M, int N, bool kGathers>
+template <typename Format, int M, int N, bool kGathers, int Producers = 8>
 void run(const Case& one, unsigned seed) {
+  using Own = Emulated<Format, Producers>;
   std::mt19937 generator(seed);
   Shape shape = {one.height, one.width, one.in, 0, 0, one.out, 0,
                  {one.window[0], one.window[1]}, {one.strides[0], one.strides[1]},
@@ -451,23 +457,23 @@ void run(const Case& one, unsigned seed) {
   std::vector<float> partial(slices * sums, std::nanf(""));
   Problem problem = {shape,    first_value, bitmap.data(), offsets.data(), dy.begin, partial.data(),
                      capacity, words,       splits,        0,              0};
-  if (!fit<Emulated<Format>, M, N, kGathers>(problem, one.bytes)) {
+  if (!fit<Own, M, N, kGathers>(problem, one.bytes)) {
     fail("more shared memory than devices have");
   }
   const std::vector<Range> readable = {
       range_of(packed.begin, first_value - packed.begin + capacity), range_of(bitmap.data(), bitmap.size()),
       range_of(offsets.data(), offsets.size()), range_of(dy.begin, dy.size)};
   const uint32_t bytes = 
-      shared_bytes_of<Emulated<Format>, M, N, kGathers>(shape, problem.stages, problem.room);
+      shared_bytes_of<Own, M, N, kGathers>(shape, problem.stages, problem.room);
   constexpr size_t kZone = 4096;
   for (uint32_t b = 0; b < Part<M, N>::blocks(shape, splits); ++b) {
     std::vector<uint64_t> memory((bytes + 2 * kZone) / 8 + 2, ~uint64_t{0});
     unsigned char* start = reinterpret_cast<unsigned char*>(memory.data());
     start += 15 - (reinterpret_cast<uintptr_t>(start) + 15) % 16;
-    Block block(b, seed + b, readable, range_of(partial.data(), partial.size()),
+    Block block(Own::kBlock, b, seed + b, readable, range_of(partial.data(), partial.size()),
                 range_of(start + kZone, bytes));
     block.run([&] {
-      weight_gradient<Emulated<Format>, M, N, kGathers>(Emulated<Format>{}, problem, least,
+      weight_gradient<Own, M, N, kGathers>(Own{}, problem, least,
                                                         start + kZone);
     });
     for (size_t i = 0; i < kZone; ++i) {
@@ -524,7 +530,7 @@ int main() {
   unsigned seed = 0;
   // Sizes around those of tiles, chunks and words; nothing, some and everything kept.
   for (const double share : {0.3, 0.1, 0.0, 1.0}) {
-    run<Bfloat16, 64, 64, false>(pointwise(100, 64, 64, share, 2), ++seed);
+    run<Bfloat16, 64, 64, false, 4>(pointwise(100, 64, 64, share, 2), ++seed);
     run<Bfloat16, 64, 256, false>(pointwise(70, 64, 256, share, 1), ++seed);
     run<Bfloat16, 128, 128, false>(pointwise(97, 128, 128, share, 3), ++seed);
     run<Bfloat16, 128, 256, false>(pointwise(64, 120, 264, share, 1), ++seed);
@@ -532,29 +538,29 @@ int main() {
     run<Bfloat16, 256, 128, false>(pointwise(161, 512, 72, share, 1), ++seed);
     run<Bfloat16, 128, 128, true>(
         {1, 5, 7, 136, 72, {3, 3}, {1, 1}, {1, 1}, {1, 1}, share, 1}, ++seed);
-    run<Bfloat16, 64, 64, true>(
+    run<Bfloat16, 64, 64, true, 4>(
         {3, 7, 6, 40, 24, {1, 1}, {2, 2}, {0, 0}, {0, 0}, share, 1}, ++seed);
   }
-  run<Float16, 64, 64, false>(pointwise(333, 24, 8, 0.2, 5), ++seed);
+  run<Float16, 64, 64, false, 4>(pointwise(333, 24, 8, 0.2, 5), ++seed);
   run<Float16, 64, 256, false>(pointwise(31, 8, 304, 0.2, 1), ++seed);
   run<Float16, 128, 128, false>(pointwise(65, 504, 136, 0.15, 2), ++seed);
   // What devices have at least, and chunks that are slow or fast to come.
   constexpr uint32_t kLeast = 99 * 1024;
-  run<Float16, 64, 64, false>(pointwise(500, 64, 64, 0.1, 1, kLeast / 2), ++seed);
+  run<Float16, 64, 64, false, 4>(pointwise(500, 64, 64, 0.1, 1, kLeast / 2), ++seed);
   run<Float16, 64, 256, false>(pointwise(290, 64, 200, 0.1, 1, kLeast), ++seed);
   run<Float16, 128, 128, false>(pointwise(200, 512, 128, 0.1, 1, kLeast), ++seed);
-  run<Float16, 128, 256, false>(pointwise(100, 512, 256, 0.1, 1, kLeast), ++seed);
-  run<Float16, 256, 64, false>(pointwise(200, 504, 64, 0.1, 1, kLeast), ++seed);
+  run<Float16, 128, 256, false, 4>(pointwise(100, 512, 256, 0.1, 1, kLeast), ++seed);
+  run<Float16, 256, 64, false, 4>(pointwise(200, 504, 64, 0.1, 1, kLeast), ++seed);
   run<Float16, 256, 64, false>(pointwise(300, 128, 64, 0.1, 1, kLeast), ++seed);
   run<Float16, 256, 128, false>(pointwise(300, 256, 64, 0.1, 1, kLeast), ++seed);
-  run<Float16, 256, 128, true>({1, 9, 8, 264, 72, {1, 1}, {1, 1}, {0, 0}, {0, 0}, 0.1, 1}, ++seed);
+  run<Float16, 256, 128, true, 4>({1, 9, 8, 264, 72, {1, 1}, {1, 1}, {0, 0}, {0, 0}, 0.1, 1}, ++seed);
   run<Float16, 128, 256, true>({1, 9, 8, 512, 72, {1, 1}, {2, 2}, {0, 0}, {0, 0}, 0.1, 1}, ++seed);
   run<Float16, 128, 256, false>(pointwise(33, 200, 256, 0.1, 2), ++seed);
   run<Float16, 256, 64, false>(pointwise(129, 264, 40, 0.1, 1), ++seed);
   run<Float16, 256, 64, false>(pointwise(1, 512, 64, 0.5, 1), ++seed);
   run<Float16, 128, 128, true>(pointwise(37, 2048, 128, 0.1, 1), ++seed);
-  run<Float16, 64, 64, true>({2, 6, 5, 64, 72, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 0.2, 2}, ++seed);
-  run<Float16, 64, 64, true>({2, 6, 5, 24, 16, {3, 2}, {2, 1}, {0, 1}, {1, 0}, 0.2, 7}, ++seed);
+  run<Float16, 64, 64, true, 4>({2, 6, 5, 64, 72, {3, 3}, {2, 2}, {1, 1}, {1, 1}, 0.2, 2}, ++seed);
+  run<Float16, 64, 64, true, 4>({2, 6, 5, 24, 16, {3, 2}, {2, 1}, {0, 1}, {1, 0}, 0.2, 7}, ++seed);
   run<Float16, 128, 128, true>({1, 4, 9, 1032, 8, {1, 1}, {2, 3}, {1, 2}, {0, 1}, 0.1, 1}, ++seed);
   std::printf("everything as by naive loops\n");
   return 0;

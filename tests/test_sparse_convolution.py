@@ -273,16 +273,12 @@ def test_cuts_cover_everything_with_blocks_for_a_large_gpu(window, channels):
 # What is missing or wrong in one line of the kernel, and has to be found.
 FAULTS = {
     "nothing": ("", ""),
-    "a tile of x that is not full": ("gpu.sync(full(turn), kBlock);", "gpu.arrive(full(turn), kBlock);"),
-    "a tile of x that is still read": (
-        "if (turn >= kRing) gpu.sync(empty(turn), kBlock);",
-        "if (turn >= kRing) gpu.arrive(empty(turn), kBlock);",
-    ),
-    "a tile of x that others clear": ("gpu.sync(kAmongProducers, 32 * kProducers);", ""),
+    "a tile of x that is not full": ("gpu.sync(full(turn)", "gpu.arrive(full(turn)"),
+    "a tile of x that is still read": ("gpu.sync(empty(turn)", "gpu.arrive(empty(turn)"),
+    "a tile of x that others clear": ("gpu.sync(kAmongProducers, 32 * Gpu::kProducers);", ""),
     "a copy of dY that is not waited for": ("problem.stages) - 2);", "problem.stages) - 1);"),
     "copied values that are not waited for": ("gpu.wait(1);", "gpu.wait(2);"),
     "a table that is still written": ("gpu.sync_warp();\n    const auto put", "const auto put"),
-    "a table that is still read": ("gpu.sync_warp();  // before the table", "// before the table"),
     "one slot for two turns": ("(turn % 2 * most_units + unit)", "unit"),
     "more arrivals than turns": ("if (turn + kRing < chunks) gpu.arrive", "gpu.arrive"),
     "operands of another order": ("return lane % 8 + lane / 16 * 8;",
