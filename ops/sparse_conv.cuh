@@ -193,22 +193,33 @@ constexpr int kAmongProducers = 1 + 2 * kRing;
 
 // ---- Producers ----------------------------------------------------------------------------------
 
-// Puts the values of a word to where `place` says for each of its bits, four at a time: as many as the
+// Puts the values of words to where `place` says for each of their bits, four at a time: as many as the
 // warp's fullest word has. Values below `least` are left out; no NaN is. `load` reads a value, or for
-// what is not there anything below `least`: it has to say so itself where bits and `count` differ.
-template <typename Gpu, typename Load, typename Place>
-SWAT_DEVICE void scatter(const Gpu& gpu, uint32_t bits, uint32_t count, uint32_t least,
-                         const Load& load, const Place& place) {
+// what is not there anything below `least`: it has to say so itself where bits and counts differ. Two
+// words of a lane wait for less than one after the other.
+template <typename Gpu, uint32_t Words, typename Load, typename Place>
+SWAT_DEVICE void scatter(const Gpu& gpu, uint32_t (&bits)[Words], const uint32_t (&counts)[Words],
+                         uint32_t least, const Load& load, const Place& place) {
   constexpr uint32_t kAtOnce = 4;
-  const uint32_t most = gpu.largest(count);
+  uint32_t most = 0;
+  SWAT_UNROLL
+  for (uint32_t w = 0; w < Words; ++w) most = counts[w] > most ? counts[w] : most;
+  most = gpu.largest(most);
   for (uint32_t g = 0; g < most; g += kAtOnce) {
-    uint32_t waiting[kAtOnce];
-    SWAT_UNROLL
-    for (uint32_t s = 0; s < kAtOnce; ++s) waiting[s] = load(g + s < count, g + s);
+    uint32_t waiting[kAtOnce][Words];
     SWAT_UNROLL
     for (uint32_t s = 0; s < kAtOnce; ++s) {
-      place(bits != 0 && (waiting[s] & 0x7fff) >= least, lowest_bit(bits), waiting[s]);
-      bits &= bits - 1;
+      SWAT_UNROLL
+      for (uint32_t w = 0; w < Words; ++w) waiting[s][w] = load(w, g + s < counts[w], g + s);
+    }
+    SWAT_UNROLL
+    for (uint32_t s = 0; s < kAtOnce; ++s) {
+      SWAT_UNROLL
+      for (uint32_t w = 0; w < Words; ++w) {
+        const uint32_t value = waiting[s][w];
+        place(w, bits[w] != 0 && (value & 0x7fff) >= least, lowest_bit(bits[w]), value);
+        bits[w] &= bits[w] - 1;
+      }
     }
   }
 }
@@ -229,6 +240,15 @@ struct RunSource {
   static constexpr uint32_t kBeyond = 80;
   struct Entry {
     uint32_t bits, before;  // a word, and how many values of the tile are kept before it
+  };
+  struct Word {
+    Entry entry;
+    uint16_t* to;  // where its first channel lies
+  };
+  // The values of a tile of the bitmap: number of the first, and where they are in shared memory, if so.
+  struct Found {
+    uint32_t first;
+    const uint16_t* near;
   };
   struct Run {
     uint32_t begin, end;  // numbers of values
@@ -358,45 +378,73 @@ struct RunSource {
     table[lane + 32] = {high, (sum & 0xffff) + (before >> 16)};
     const bool is_near = early(first) + (sum & 0xffff) + (sum >> 16) <= problem.room + 8;
     gpu.sync_warp();
-    const auto put = [&](uint32_t bits, uint32_t rank, const auto& place) {
-      if (is_near) {
-        const uint16_t* const from = near + early(first) + rank;
-        scatter(gpu, bits, count_bits(bits), least,
-                [&](bool, uint32_t s) { return gpu.take(from + s); }, place);
-      } else {
-        const uint16_t* const from = problem.values + first + rank;
-        scatter(gpu, bits, within(count_bits(bits), first + rank, problem.capacity), least,
-                [&](bool is_there, uint32_t s) { return gpu.load_if(is_there, from + s); }, place);
-      }
-    };
+    const Found found = {first, is_near ? near + early(first) : nullptr};
     const uint32_t in = problem.shape.in;
     if (is_regular) {
-      const uint32_t row = start / in, all = kTileValues / in << pair;
-      for (uint32_t i = lane; i < all + lane; i += 32) {  // all lanes of the warp
+      const uint32_t row = start / in, all = kTileValues / in << pair;  // at most 64, of powers of two
+      const auto at = [&](uint32_t i) {
         const uint32_t pixel = i >> pair, word = i & low_bits(pair);
-        const Entry at = i < all ? table[pixel * words_of_pixel + first_channel / 32 + word]
-                                 : Entry{0, 0};
-        uint16_t* const to = tile + (row + pixel) * kPitch + 32 * word;
-        put(at.bits, at.before, [&](bool is_there, uint32_t bit, uint32_t value) {
-          gpu.put_if(is_there, to, bit, value);
-        });
+        const Entry entry = table[pixel * words_of_pixel + first_channel / 32 + word];
+        return Word{entry, tile + (row + pixel) * kPitch + 32 * word};
+      };
+      const auto place = [&](const Word& word, bool is_there, uint32_t bit, uint32_t value) {
+        gpu.put_if(is_there, word.to, bit, value);
+      };
+      if (all > 32) {
+        const Word words[2] = {at(lane), at(lane + 32)};
+        put_words(gpu, least, found, words, place);
+      } else {
+        Word words[1] = {{{0, 0}, tile}};
+        if (lane < all) words[0] = at(lane);
+        put_words(gpu, least, found, words, place);
       }
     } else {
       for (uint32_t i = lane; i < kWordsOfTile; i += 32) {
         const uint32_t value = start + 32 * i;
-        const bool is_there = value < kPixels * in;
-        const Entry at = is_there ? table[i] : Entry{0, 0};
-        const uint32_t row = is_there ? value / in : 0, channel = value - row * in;
-        put(at.bits, at.before, [&](bool is_there, uint32_t bit, uint32_t value) {
+        const bool is_in_turn = value < kPixels * in;
+        const Word words[1] = {{is_in_turn ? table[i] : Entry{0, 0}, tile}};
+        const uint32_t row = is_in_turn ? value / in : 0, channel = value - row * in;
+        const auto place = [&](const Word&, bool is_there, uint32_t bit, uint32_t value) {
           uint32_t c = channel + bit, r = row;
           if (is_there) {
             while (c >= in) c -= in, ++r;
           }
           gpu.put_if(is_there && c - first_channel < M, tile, r * kPitch + c - first_channel, value);
-        });
+        };
+        put_words(gpu, least, found, words, place);
       }
     }
     gpu.sync_warp();  // before the slot and the table are used again
+  }
+  // Scatters words of a lane.
+  template <uint32_t Words, typename Place>
+  SWAT_DEVICE void put_words(const Gpu& gpu, uint32_t least, const Found& found,
+                             const Word (&words)[Words], const Place& place) const {
+    uint32_t bits[Words], counts[Words];
+    SWAT_UNROLL
+    for (uint32_t w = 0; w < Words; ++w) {
+      bits[w] = words[w].entry.bits;
+      counts[w] = count_bits(bits[w]);
+    }
+    const auto put = [&](uint32_t w, bool is_there, uint32_t bit, uint32_t value) {
+      place(words[w], is_there, bit, value);
+    };
+    if (found.near != nullptr) {
+      const auto load = [&](uint32_t w, bool, uint32_t s) {
+        return gpu.take(found.near + words[w].entry.before + s);
+      };
+      scatter(gpu, bits, counts, least, load, put);
+    } else {
+      SWAT_UNROLL
+      for (uint32_t w = 0; w < Words; ++w) {
+        counts[w] = within(counts[w], found.first + words[w].entry.before, problem.capacity);
+      }
+      const uint16_t* const values = problem.values + found.first;
+      const auto load = [&](uint32_t w, bool is_there, uint32_t s) {
+        return gpu.load_if(is_there, values + words[w].entry.before + s);
+      };
+      scatter(gpu, bits, counts, least, load, put);
+    }
   }
 };
 
@@ -429,7 +477,7 @@ struct GatherSource {
   SWAT_DEVICE void ahead(const Gpu& gpu, uint32_t) { gpu.commit(); }
   SWAT_DEVICE void put(const Gpu& gpu, uint32_t turn, uint32_t least, uint16_t* tile) const {
     for (uint32_t step = 0; step < kPixels / kPixelsOfStep; step += kAtOnce) {
-      uint32_t bits[kAtOnce], earlier[kAtOnce], offset[kAtOnce];
+      uint32_t bits[kAtOnce], earlier[kAtOnce], offset[kAtOnce], ranks[kAtOnce], counts[kAtOnce];
       SWAT_UNROLL
       for (uint32_t e = 0; e < kAtOnce; ++e) {
         find(gpu, (begin + turn) * kPixels + (step + e) * kPixelsOfStep + row, bits[e], earlier[e],
@@ -443,14 +491,16 @@ struct GatherSource {
         for (uint32_t other = 1; other < kLanes; other *= 2) sum += gpu.shuffle(sum, lane ^ other);
         const uint32_t count = count_bits(bits[e]), before = gpu.scan(count);
         const uint32_t rank = offset[e] + sum + before - gpu.shuffle(before, lane / kLanes * kLanes);
-        const uint16_t* const from = problem.values + rank;
-        uint16_t* const to = tile + ((step + e) * kPixelsOfStep + row) * kPitch + channel;
-        scatter(gpu, bits[e], within(count, rank, problem.capacity), least,
-                [&](bool is_there, uint32_t s) { return gpu.load_if(is_there, from + s); },
-                [&](bool is_there, uint32_t bit, uint32_t value) {
-                  gpu.put_if(is_there, to, bit, value);
-                });
+        ranks[e] = rank, counts[e] = within(count, rank, problem.capacity);
       }
+      uint16_t* const to = tile + (step * kPixelsOfStep + row) * kPitch + channel;
+      const auto load = [&](uint32_t e, bool is_there, uint32_t s) {
+        return gpu.load_if(is_there, problem.values + ranks[e] + s);
+      };
+      const auto put = [&](uint32_t e, bool is_there, uint32_t bit, uint32_t value) {
+        gpu.put_if(is_there, to + e * kPixelsOfStep * kPitch, bit, value);
+      };
+      scatter(gpu, bits, counts, least, load, put);
     }
   }
   // The lane's bits of an output pixel, the values before its tile of the bitmap, and its share of

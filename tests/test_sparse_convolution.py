@@ -278,7 +278,7 @@ FAULTS = {
     "a tile of x that others clear": ("gpu.sync(kAmongProducers, 32 * Gpu::kProducers);", ""),
     "a copy of dY that is not waited for": ("problem.stages) - 2);", "problem.stages) - 1);"),
     "copied values that are not waited for": ("gpu.wait(1);", "gpu.wait(2);"),
-    "a table that is still written": ("gpu.sync_warp();\n    const auto put", "const auto put"),
+    "a table that is still written": ("gpu.sync_warp();\n    const Found", "const Found"),
     "one slot for two turns": ("(turn % 2 * most_units + unit)", "unit"),
     "more arrivals than turns": ("if (turn + kRing < chunks) gpu.arrive", "gpu.arrive"),
     "operands of another order": ("return lane % 8 + lane / 16 * 8;",
