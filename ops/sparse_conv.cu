@@ -19,8 +19,10 @@ constexpr int kMoving = 8, kStaying = 4;
 #if __CUDA_ARCH_FEAT_SM90_ALL
 #define SWAT_MOVES_REGISTERS 1
 #endif
-// Two blocks share a multiprocessor where their sums leave enough registers.
-SWAT_INLINE constexpr int blocks_at_once(int sums) { return sums <= 4096 ? 2 : 1; }
+// Two blocks share a multiprocessor where their sums, or pixels to gather, leave enough registers.
+SWAT_INLINE constexpr int blocks_at_once(int sums, bool gathers) {
+  return sums <= 4096 && !gathers ? 2 : 1;
+}
 
 // The hardware, of compute capability 8.0 at least.
 template <typename T, int Producers>
@@ -176,11 +178,12 @@ struct Gpu {
 
 // Of the two numbers of producers every architecture has one: `launch_tiles` takes the one it has.
 template <typename T, int Producers, int M, int N, bool kGathers>
-__global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at_once(M* N))
+__global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at_once(M* N, kGathers))
     weight_gradient_kernel(const __grid_constant__ conv::Problem problem, const float* least) {
 #if __CUDA_ARCH__ >= 800
 #ifdef SWAT_MOVES_REGISTERS
-  constexpr bool kIsCompiled = Producers == (blocks_at_once(M * N) == 1 ? kMoving : kStaying);
+  constexpr bool kIsCompiled =
+      Producers == (blocks_at_once(M * N, kGathers) == 1 ? kMoving : kStaying);
 #else
   constexpr bool kIsCompiled = Producers == kStaying;
 #endif
@@ -231,7 +234,7 @@ cudaError_t launch_producers(cudaStream_t stream, conv::Problem problem, const f
   ask(of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   ask(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   if (code != cudaSuccess) return code;
-  const int each = of_all / blocks_at_once(M * N) - reserved;
+  const int each = of_all / blocks_at_once(M * N, kGathers) - reserved;
   if (!conv::fit<Own, M, N, kGathers>(problem, static_cast<uint32_t>(std::min(of_block, each)))) {
     return cudaErrorInvalidConfiguration;
   }
@@ -247,7 +250,7 @@ cudaError_t launch_producers(cudaStream_t stream, conv::Problem problem, const f
 
 template <typename T, int M, int N, bool kGathers>
 cudaError_t launch_tiles(cudaStream_t stream, const conv::Problem& problem, const float* least) {
-  if constexpr (blocks_at_once(M * N) == 1) {
+  if constexpr (blocks_at_once(M * N, kGathers) == 1) {
     cudaFuncAttributes found;
     const cudaError_t code =
         cudaFuncGetAttributes(&found, weight_gradient_kernel<T, kMoving, M, N, kGathers>);

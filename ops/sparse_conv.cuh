@@ -197,15 +197,15 @@ constexpr int kAmongProducers = 1 + 2 * kRing;
 // warp's fullest word has. Values below `least` are left out; no NaN is. `load` reads a value, or for
 // what is not there anything below `least`: it has to say so itself where bits and counts differ. Two
 // words of a lane wait for less than one after the other.
+constexpr uint32_t kAtOnce = 4;
 template <typename Gpu, uint32_t Words, typename Load, typename Place>
 SWAT_DEVICE void scatter(const Gpu& gpu, uint32_t (&bits)[Words], const uint32_t (&counts)[Words],
-                         uint32_t least, const Load& load, const Place& place) {
-  constexpr uint32_t kAtOnce = 4;
+                         uint32_t least, const Load& load, const Place& place, uint32_t from = 0) {
   uint32_t most = 0;
   SWAT_UNROLL
   for (uint32_t w = 0; w < Words; ++w) most = counts[w] > most ? counts[w] : most;
   most = gpu.largest(most);
-  for (uint32_t g = 0; g < most; g += kAtOnce) {
+  for (uint32_t g = from; g < most; g += kAtOnce) {
     uint32_t waiting[kAtOnce][Words];
     SWAT_UNROLL
     for (uint32_t s = 0; s < kAtOnce; ++s) {
@@ -349,10 +349,11 @@ struct RunSource {
     }
     gpu.commit();
   }
-  SWAT_DEVICE void ahead(const Gpu& gpu, uint32_t turn) {
+  SWAT_DEVICE void before(const Gpu& gpu, uint32_t turn) {
     ask(gpu, turn + 1);
     look(gpu, turn + 2);
   }
+  SWAT_DEVICE void after(const Gpu&, uint32_t) const {}
   // Scatters the values of a turn; those of the next are on their way.
   SWAT_DEVICE void put(const Gpu& gpu, uint32_t turn, uint32_t least, uint16_t* tile) {
     const uint32_t all = count(turn);
@@ -448,83 +449,112 @@ struct RunSource {
   }
 };
 
-// Of pixels anywhere: eight lanes for each, with M / 8 channels each.
+// Of pixels anywhere: eight lanes for each, with M / 8 channels each. Words are requested two turns
+// before, the first values one.
 template <typename Gpu, int M, int N>
 struct GatherSource {
   static constexpr uint32_t kPixels = Tile<M, N>::kPixels, kPitch = Tile<M, N>::kPitchX;
-  static constexpr uint32_t kLanes = 8, kBits = M / kLanes;
+  static constexpr uint32_t kLanes = 8, kBits = M / kLanes, kFirst = kBits < 8 ? kBits : 8;
   static constexpr uint32_t kPixelsOfStep = 32 / kLanes * Gpu::kProducers;
-  static constexpr uint32_t kAtOnce = kPixels / kPixelsOfStep % 2 == 0 ? 2 : 1;  // steps
-  static_assert(kBits % 8 == 0 && kBits <= 32 && kPixels % (kPixelsOfStep * kAtOnce) == 0);
+  static constexpr uint32_t kSteps = kPixels / kPixelsOfStep, kWords = kWordsOfTile / kLanes;
+  static_assert(kBits % 8 == 0 && kBits <= 32 && kPixels % kPixelsOfStep == 0);
   static SWAT_INLINE uint32_t bytes(const Shape&, uint32_t) { return 0; }
 
   const Problem& problem;
-  const uint32_t row, lane, in, tap, begin;
+  const uint32_t row, lane, in, tap, begin, chunks;
   const uint32_t channel, there;  // of a lane: the first, and how many, some may lie beyond the last
+  // Of the turn after the next: a lane's share of the words that the pixel's tile of the bitmap has
+  // before it, the words of its own channels, from which bit on, and what is kept before the tile.
+  uint32_t words[kSteps][kWords], low[kSteps], high[kSteps], shift[kSteps], offset[kSteps];
+  uint32_t own[kSteps];  // channels, none in the padding
+  // Of the next turn: what is kept of the lane's channels, where, and the first values.
+  uint32_t bits[kSteps], counts[kSteps], ranks[kSteps], first[kSteps][kFirst];
 
   SWAT_DEVICE GatherSource(const Gpu& gpu, const Problem& problem, const Part<M, N>& part,
                            unsigned char*)
       : problem(problem), row((gpu.thread() - 32 * kConsumers) / kLanes), lane(gpu.thread() % 32),
-        in(part.in), tap(part.tap), begin(part.begin), channel(lane % kLanes * kBits),
-        there(channels(problem.shape, part.in + channel)) {}
+        in(part.in), tap(part.tap), begin(part.begin), chunks(part.end - part.begin),
+        channel(lane % kLanes * kBits), there(channels(problem.shape, part.in + channel)) {}
 
   static SWAT_INLINE uint32_t channels(const Shape& shape, uint32_t from) {
     const uint32_t left = from < shape.in ? shape.in - from : 0;
     return left < kBits ? left : kBits;
   }
 
-  SWAT_DEVICE void start(const Gpu&) {}
-  SWAT_DEVICE void ahead(const Gpu& gpu, uint32_t) { gpu.commit(); }
-  SWAT_DEVICE void put(const Gpu& gpu, uint32_t turn, uint32_t least, uint16_t* tile) const {
-    for (uint32_t step = 0; step < kPixels / kPixelsOfStep; step += kAtOnce) {
-      uint32_t bits[kAtOnce], earlier[kAtOnce], offset[kAtOnce], ranks[kAtOnce], counts[kAtOnce];
+  SWAT_DEVICE void start(const Gpu& gpu) {
+    look(gpu, 0);
+    ask(gpu);
+    look(gpu, 1);
+  }
+  SWAT_DEVICE void before(const Gpu& gpu, uint32_t) { gpu.commit(); }
+  SWAT_DEVICE void after(const Gpu& gpu, uint32_t turn) {
+    ask(gpu);
+    look(gpu, turn + 2);
+  }
+  // Requests words.
+  SWAT_DEVICE void look(const Gpu& gpu, uint32_t turn) {
+    SWAT_UNROLL
+    for (uint32_t e = 0; e < kSteps; ++e) {
+      const uint32_t q = (begin + turn) * kPixels + e * kPixelsOfStep + row;
+      const uint32_t pixel = turn < chunks && q < problem.shape.pixels
+                                 ? problem.shape.input_pixel(q, tap)
+                                 : kNowhere;
+      low[e] = high[e] = shift[e] = offset[e] = own[e] = 0;
       SWAT_UNROLL
-      for (uint32_t e = 0; e < kAtOnce; ++e) {
-        find(gpu, (begin + turn) * kPixels + (step + e) * kPixelsOfStep + row, bits[e], earlier[e],
-             offset[e]);
-      }
+      for (uint32_t w = 0; w < kWords; ++w) words[e][w] = 0;
+      if (pixel == kNowhere) continue;
+      const uint32_t value = pixel * problem.shape.in + in, word = value / 32;
+      const uint32_t tile = word / kWordsOfTile, start = tile * kWordsOfTile + lane % kLanes;
+      offset[e] = gpu.load(problem.offsets + tile);
       SWAT_UNROLL
-      for (uint32_t e = 0; e < kAtOnce; ++e) {
-        // What the tile keeps before the pixel, and the pixel before the lane.
-        uint32_t sum = earlier[e];
-        SWAT_UNROLL
-        for (uint32_t other = 1; other < kLanes; other *= 2) sum += gpu.shuffle(sum, lane ^ other);
-        const uint32_t count = count_bits(bits[e]), before = gpu.scan(count);
-        const uint32_t rank = offset[e] + sum + before - gpu.shuffle(before, lane / kLanes * kLanes);
-        ranks[e] = rank, counts[e] = within(count, rank, problem.capacity);
+      for (uint32_t w = 0; w < kWords; ++w) {
+        if (start + w * kLanes < word) words[e][w] = gpu.load(problem.bitmap + start + w * kLanes);
       }
-      uint16_t* const to = tile + (step * kPixelsOfStep + row) * kPitch + channel;
+      if (there == 0) continue;
+      own[e] = there, shift[e] = (value + channel) % 32;
+      low[e] = gpu.load(problem.bitmap + (value + channel) / 32);
+      if (shift[e] + there > 32) high[e] = gpu.load(problem.bitmap + (value + channel) / 32 + 1);
+    }
+  }
+  // Requests the first values of what `look` found.
+  SWAT_DEVICE void ask(const Gpu& gpu) {
+    SWAT_UNROLL
+    for (uint32_t e = 0; e < kSteps; ++e) {
+      bits[e] = join(low[e], high[e], shift[e]) & low_bits(own[e]);
+      // What the tile keeps before the pixel, the first lane's word included.
+      uint32_t sum = lane % kLanes == 0 ? count_bits(low[e] & low_bits(shift[e])) : 0;
+      SWAT_UNROLL
+      for (uint32_t w = 0; w < kWords; ++w) sum += count_bits(words[e][w]);
+      SWAT_UNROLL
+      for (uint32_t other = 1; other < kLanes; other *= 2) sum += gpu.shuffle(sum, lane ^ other);
+      const uint32_t count = count_bits(bits[e]), before = gpu.scan(count);
+      ranks[e] = offset[e] + sum + before - gpu.shuffle(before, lane / kLanes * kLanes);
+      counts[e] = within(count, ranks[e], problem.capacity);
+      SWAT_UNROLL
+      for (uint32_t s = 0; s < kFirst; ++s) {
+        first[e][s] = gpu.load_if(s < counts[e], problem.values + ranks[e] + s);
+      }
+    }
+  }
+  SWAT_DEVICE void put(const Gpu& gpu, uint32_t, uint32_t least, uint16_t* tile) {
+    uint16_t* const to = tile + row * kPitch + channel;
+    const auto place = [&](uint32_t e, bool is_there, uint32_t bit, uint32_t value) {
+      gpu.put_if(is_there, to + e * kPixelsOfStep * kPitch, bit, value);
+    };
+    SWAT_UNROLL
+    for (uint32_t s = 0; s < kFirst; ++s) {
+      SWAT_UNROLL
+      for (uint32_t e = 0; e < kSteps; ++e) {
+        place(e, bits[e] != 0 && (first[e][s] & 0x7fff) >= least, lowest_bit(bits[e]), first[e][s]);
+        bits[e] &= bits[e] - 1;
+      }
+    }
+    if constexpr (kFirst < kBits) {
       const auto load = [&](uint32_t e, bool is_there, uint32_t s) {
         return gpu.load_if(is_there, problem.values + ranks[e] + s);
       };
-      const auto put = [&](uint32_t e, bool is_there, uint32_t bit, uint32_t value) {
-        gpu.put_if(is_there, to + e * kPixelsOfStep * kPitch, bit, value);
-      };
-      scatter(gpu, bits, counts, least, load, put);
+      scatter(gpu, bits, counts, least, load, place, kFirst);
     }
-  }
-  // The lane's bits of an output pixel, the values before its tile of the bitmap, and its share of
-  // those that the tile keeps before the pixel.
-  SWAT_DEVICE void find(const Gpu& gpu, uint32_t q, uint32_t& bits, uint32_t& earlier,
-                        uint32_t& offset) const {
-    bits = earlier = offset = 0;
-    const uint32_t pixel = q < problem.shape.pixels ? problem.shape.input_pixel(q, tap) : kNowhere;
-    if (pixel == kNowhere) return;
-    const uint32_t value = pixel * problem.shape.in + in, word = value / 32;
-    const uint32_t tile = word / kWordsOfTile, start = tile * kWordsOfTile + lane % kLanes;
-    offset = gpu.load(problem.offsets + tile);
-    SWAT_UNROLL
-    for (uint32_t w = 0; w < kWordsOfTile; w += kLanes) {
-      if (start + w < word) earlier += count_bits(gpu.load(problem.bitmap + start + w));
-    }
-    if (lane % kLanes == 0) {
-      earlier += count_bits(gpu.load(problem.bitmap + word) & low_bits(value % 32));
-    }
-    if (there == 0) return;
-    const uint32_t own = value + channel, shift = own % 32;
-    const uint32_t low = gpu.load(problem.bitmap + own / 32);
-    const uint32_t high = shift + there > 32 ? gpu.load(problem.bitmap + own / 32 + 1) : 0;
-    bits = join(low, high, shift) & low_bits(there);
   }
 };
 
@@ -546,7 +576,7 @@ SWAT_DEVICE void produce(const Gpu& gpu, const Problem& problem, uint32_t least,
   typename SourceOf<Gpu, M, N, kGathers>::Type source(gpu, problem, part, shared);
   source.start(gpu);
   for (uint32_t turn = 0; turn < chunks; ++turn) {
-    source.ahead(gpu, turn);
+    source.before(gpu, turn);
     if (turn >= kRing) gpu.sync(empty(turn), Gpu::kBlock);
     uint16_t* const tile = x_tiles + turn % kRing * Layout::kValuesX;
     SWAT_UNROLL
@@ -558,6 +588,7 @@ SWAT_DEVICE void produce(const Gpu& gpu, const Problem& problem, uint32_t least,
     gpu.sync(kAmongProducers, 32 * Gpu::kProducers);  // the tile is clear, and what was requested there
     source.put(gpu, turn, least, tile);
     gpu.arrive(full(turn), Gpu::kBlock);
+    source.after(gpu, turn);
   }
 }
 

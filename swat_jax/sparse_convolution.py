@@ -27,7 +27,7 @@ GATHERED_TILES = ((64, 64), (128, 128), (128, 256), (256, 128))
 # with sums of their own, and input channels up to which pixels need not be gathered: `pixels_of`,
 # `groups_of` and `kMostRun` there.
 _PIXELS, _TWO_GROUPS, _MOST_RUN = 32, 2**14, 512
-# Blocks that a large GPU holds at once; of those with few sums it holds twice as many.
+# Blocks that a large GPU holds at once; of those with few sums that do not gather, twice as many.
 _BLOCKS, _FEW_SUMS = 132, 2**12
 # Chunks of pixels that a block takes at least, so that it is worth its start.
 _LEAST_CHUNKS = 8
@@ -151,7 +151,8 @@ def cut(
     parts = math.prod(window)
     for channels, size in zip((shape[-1], dy[-1]), chosen, strict=True):
         parts *= -(-channels // size)
-    at_once = blocks or (2 * _BLOCKS if math.prod(chosen) <= _FEW_SUMS else _BLOCKS)
+    shares = math.prod(chosen) <= _FEW_SUMS and not gathers
+    at_once = blocks or (2 * _BLOCKS if shares else _BLOCKS)
     most = chunks(dy, chosen) // _LEAST_CHUNKS
     return Cut(chosen, max(1, min(at_once // parts, most)), gathers)
 
