@@ -196,14 +196,14 @@ __global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at
 #endif
 }
 
-// Adds up the slices of all splits and groups, always in the same order: every warp a run of them, then the warps.
+// Adds up the parts of all splits, always in the same order: every warp a run of them, then the warps.
 // A block makes 128 sums.
 __global__ void __launch_bounds__(kThreads)
-    add_slices_kernel(const float* partial, uint32_t slices, int64_t count, float* to) {
+    add_splits_kernel(const float* partial, uint32_t splits, int64_t count, float* to) {
   __shared__ float4 shared[kWarps][32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * 4;
-  const uint32_t begin = slices * warp / kWarps, end = slices * (warp + 1) / kWarps;
+  const uint32_t begin = splits * warp / kWarps, end = splits * (warp + 1) / kWarps;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   const auto add = [&](const float4& more) {
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
@@ -350,7 +350,6 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
     return invalid(std::string(kOp) + ": splits must be 1 to " + std::to_string(chunks) + ", got " +
                    std::to_string(splits));
   }
-  const int64_t slices = splits * conv::groups_of(tile[0], tile[1]);
   PackedShape packed;
   const ffi::DataType type = dy.element_type();
   if (type != ffi::BF16 && type != ffi::F16) {
@@ -361,7 +360,7 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
   SWAT_RETURN_IF_ERROR(check(kOp, "least", least, ffi::F32, batch));
   SWAT_RETURN_IF_ERROR(check(kOp, "dy", dy, type, batch * pixels * out, 16));
   SWAT_RETURN_IF_ERROR(check(kOp, "dw", *dw, ffi::F32, batch * sums, 16));
-  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::F32, batch * slices * sums, 16));
+  SWAT_RETURN_IF_ERROR(check(kOp, "scratch", *scratch, ffi::F32, batch * splits * sums, 16));
   if (!has_queues()) {
     return invalid(std::string(kOp) + ": needs a GPU of compute capability 8.0 or newer");
   }
@@ -370,7 +369,7 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
     problem.bitmap = static_cast<const uint32_t*>(bitmap.untyped_data()) + b * bitmap_words(n);
     problem.offsets = static_cast<const uint32_t*>(offsets.untyped_data()) + b * tiles_of(n);
     problem.dy = static_cast<const uint16_t*>(dy.untyped_data()) + b * pixels * out;
-    problem.partial = static_cast<float*>(scratch->untyped_data()) + b * slices * sums;
+    problem.partial = static_cast<float*>(scratch->untyped_data()) + b * splits * sums;
     problem.capacity = static_cast<uint32_t>(packed.capacity);
     problem.words = static_cast<uint32_t>(bitmap_words(n));
     problem.splits = static_cast<uint32_t>(splits);
@@ -386,8 +385,8 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
                      std::to_string(tile[1]) + " channels");
     }
     SWAT_RETURN_IF_ERROR(cuda_error(kOp, code));
-    add_slices_kernel<<<static_cast<unsigned>((sums + 127) / 128), kThreads, 0, stream>>>(
-        problem.partial, static_cast<uint32_t>(slices), sums, static_cast<float*>(dw->untyped_data()) + b * sums);
+    add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), kThreads, 0, stream>>>(
+        problem.partial, problem.splits, sums, static_cast<float*>(dw->untyped_data()) + b * sums);
     SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
   }
   return ffi::Error::Success();

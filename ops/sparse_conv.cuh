@@ -120,7 +120,7 @@ struct Problem {
   const uint32_t* bitmap;  // `words` of it
   const uint32_t* offsets;
   const uint16_t* dy;
-  float* partial;          // (splits, pixel groups of a tile, taps, in, out)
+  float* partial;          // (splits, taps, in, out)
   uint32_t capacity, words, splits;
   uint32_t stages;         // tiles of dY in shared memory, 2 to kMostStages
   uint32_t room;           // values of a tile of the bitmap there, a multiple of 8
@@ -189,7 +189,7 @@ SWAT_INLINE int sum_column(int lane, int which) { return lane % 4 * 2 + which % 
 // seen by those that did.
 SWAT_INLINE int full(uint32_t turn) { return 1 + static_cast<int>(turn % kRing); }
 SWAT_INLINE int empty(uint32_t turn) { return 1 + kRing + static_cast<int>(turn % kRing); }
-constexpr int kAmongProducers = 1 + 2 * kRing;
+constexpr int kAmongProducers = 1 + 2 * kRing, kAmongConsumers = 2 + 2 * kRing;
 
 // ---- Producers ----------------------------------------------------------------------------------
 
@@ -594,8 +594,12 @@ SWAT_DEVICE void produce(const Gpu& gpu, const Problem& problem, uint32_t least,
 
 // ---- Consumers ----------------------------------------------------------------------------------
 
+struct alignas(16) Four {
+  float x, y, z, w;
+};
+
 template <typename Gpu, int M, int N>
-SWAT_DEVICE void consume(const Gpu& gpu, const Problem& problem, const uint16_t* x_tiles,
+SWAT_DEVICE void consume(const Gpu& gpu, const Problem& problem, uint16_t* x_tiles,
                          uint16_t* dy_tiles) {
   using Layout = Tile<M, N>;
   constexpr int kPixels = Layout::kPixels;
@@ -670,8 +674,37 @@ SWAT_DEVICE void consume(const Gpu& gpu, const Problem& problem, const uint16_t*
     stage = stage + 1 == problem.stages ? 0 : stage + 1;
   }
 
-  const uint64_t slice = static_cast<uint64_t>(part.split) * Layout::kGroups + group;
-  const uint64_t first = (slice * shape.taps() + part.tap) * shape.in;
+  if constexpr (Layout::kGroups == 2) {
+    // The second group's sums pass through shared memory to the first one.
+    constexpr int kThreads = 32 * kConsumers / 2;
+    static_assert(4 * M * N <= 2 * (kRing * Layout::kValuesX + 2 * Layout::kValuesDy));
+    Four* const others = reinterpret_cast<Four*>(x_tiles) + thread % kThreads;
+    gpu.sync(kAmongConsumers, 32 * kConsumers);  // all have multiplied
+    SWAT_UNROLL
+    for (int d = 0; d < Layout::kDown; ++d) {
+      SWAT_UNROLL
+      for (int a = 0; a < 2 * Layout::kAcross; ++a) {
+        const float(&own)[4] = sums[d][a];
+        if (group == 1) {
+          others[(d * 2 * Layout::kAcross + a) * kThreads] = {own[0], own[1], own[2], own[3]};
+        }
+      }
+    }
+    gpu.sync(kAmongConsumers, 32 * kConsumers);
+    if (group == 1) return;
+    SWAT_UNROLL
+    for (int d = 0; d < Layout::kDown; ++d) {
+      SWAT_UNROLL
+      for (int a = 0; a < 2 * Layout::kAcross; ++a) {
+        const Four more = others[(d * 2 * Layout::kAcross + a) * kThreads];
+        sums[d][a][0] += more.x, sums[d][a][1] += more.y;
+        sums[d][a][2] += more.z, sums[d][a][3] += more.w;
+      }
+    }
+  }
+
+  const uint64_t first =
+      (static_cast<uint64_t>(part.split) * shape.taps() + part.tap) * shape.in;
   SWAT_UNROLL
   for (int d = 0; d < Layout::kDown; ++d) {
     SWAT_UNROLL

@@ -609,7 +609,7 @@ def sparse_conv_weight_gradient(
             "sparse_conv_weight_gradient",
             (
                 jax.ShapeDtypeStruct(kernel, jnp.float32),
-                jax.ShapeDtypeStruct((cut.slices * math.prod(kernel),), jnp.float32),
+                jax.ShapeDtypeStruct((cut.splits * math.prod(kernel),), jnp.float32),
             ),
             *(packed.values, packed.bitmap, packed.offsets, limit, dy),
             input=np.array(packed.shape[1:-1], np.int64),

@@ -122,11 +122,6 @@ class Cut:
     splits: int
     gathers: bool
 
-    @property
-    def slices(self) -> int:
-        """How often every sum is made in parts."""
-        return self.splits * groups(self.tile)
-
 
 def cut(
     conv: Convolution,

@@ -452,9 +452,8 @@ void run(const Case& one, unsigned seed) {
   }
 
   const uint32_t splits = std::min(one.splits, shape.chunks(pixels_of(M, N)));
-  const uint32_t slices = splits * groups_of(M, N);
   const size_t sums = static_cast<size_t>(shape.taps()) * one.in * one.out;
-  std::vector<float> partial(slices * sums, std::nanf(""));
+  std::vector<float> partial(splits * sums, std::nanf(""));
   Problem problem = {shape,    first_value, bitmap.data(), offsets.data(), dy.begin, partial.data(),
                      capacity, words,       splits,        0,              0};
   if (!fit<Own, M, N, kGathers>(problem, one.bytes)) {
@@ -508,7 +507,7 @@ void run(const Case& one, unsigned seed) {
     }
     for (size_t i = 0; i < expected.size(); ++i) {
       double found = 0;
-      for (uint32_t s = 0; s < slices; ++s) found += partial[s * sums + tap * expected.size() + i];
+      for (uint32_t s = 0; s < splits; ++s) found += partial[s * sums + tap * expected.size() + i];
       wrong += !(found == expected[i]);
     }
   }

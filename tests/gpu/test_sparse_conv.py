@@ -176,7 +176,7 @@ def test_operands_that_do_not_fit_are_refused():
     packed, dy, _ = whole_numbers(128, 64, 64, 0.2, jnp.bfloat16)
     good = {"tile": (64, 64), "splits": 2, "gathers": False, "input": (1, 128)}
 
-    def call(dy=dy, scratch=2 * 2 * 64 * 64, **changes):
+    def call(dy=dy, scratch=2 * 64 * 64, **changes):
         options = good | changes
         results = [(1, 1, 64, 64), (scratch,)]
         return jax.ffi.ffi_call(
@@ -194,7 +194,7 @@ def test_operands_that_do_not_fit_are_refused():
         ("no tile of 64 x 128", {"tile": (64, 128)}),
         ("no tile of 64 x 256", {"tile": (64, 256), "gathers": True}),
         ("splits must be 1 to 2, got 3", {"splits": 3}),
-        ("scratch must have 16384 values, got 8191", {"scratch": 8191}),
+        ("scratch must have 8192 values, got 8191", {"scratch": 8191}),
         ("dy must be bfloat16 or float16", {"dy": dy.astype(jnp.float32)}),
         ("must fit dw", {"dy": dy[..., :56]}),
         ("gathers must be true", {"input": (2, 64)}),
