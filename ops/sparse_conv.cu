@@ -34,9 +34,9 @@ struct Gpu {
 #ifdef SWAT_MOVES_REGISTERS
     if constexpr (kProducers == kMoving) {
       if constexpr (kConsumes) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 168;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
       } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 88;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
       }
     }
 #endif

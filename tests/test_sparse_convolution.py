@@ -280,7 +280,9 @@ FAULTS = {
     "copied values that are not waited for": ("gpu.wait(1);", "gpu.wait(2);"),
     "a table that is still written": ("gpu.sync_warp();\n    const Found", "const Found"),
     "one slot for two turns": ("(turn % 2 * most_units + unit)", "unit"),
-    "sums over what is still read": ("gpu.sync(kAmongConsumers, 32 * kConsumers);  // all", "// all"),
+    "sums over what is still read": (
+        "gpu.sync(kAmongConsumers, 32 * kConsumers);  // all", "// all",
+    ),
     "more arrivals than turns": ("if (turn + kRing < chunks) gpu.arrive", "gpu.arrive"),
     "operands of another order": ("return lane % 8 + lane / 16 * 8;",
                                   "return lane % 8 + lane / 8 % 2 * 8;"),
