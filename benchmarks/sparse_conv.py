@@ -6,7 +6,8 @@
 
 For each distinct shape, at the batch that the step table has: `dense`, XLA's product of dense
 operands; `unpack`, the packed input unpacked and the same product; `sparse`, the kernel that reads
-the packed input, cut as it chooses, and with `--tiles` with every tile and so many blocks too. The
+the packed input, cut as it chooses, and with `--tiles` with every tile and so many blocks too;
+`nothing`, the same kernel on an input that keeps no value, so what it takes without scattering. The
 `floor` is what the bytes (packed input, gradient, result) take at the rate of a device-to-device
 copy, or the operations at that of a large matrix product, whichever is more, both measured first.
 `error` is what the sparse result differs from the dense one, of the largest value: a rounding to
@@ -54,7 +55,7 @@ NETWORKS: dict[str, tuple[int, int, int]] = {
 }
 HEADER = (
     f"{'network':18} {'conv':24} {'s_A':>5} {'dense':>8} {'unpack':>8} {'sparse':>8} "
-    f"{'floor':>8} {'gain':>6} {'cut':>12} {'error':>8}"
+    f"{'nothing':>8} {'floor':>8} {'gain':>6} {'saves':>6} {'cut':>12} {'error':>8}"
 )
 
 
@@ -186,7 +187,10 @@ def measure(
         difference = sparse(chosen, packed, limit, dy) - expected
         return jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))
 
+    none = packing.pack(jnp.zeros(shape, jnp.bfloat16), 1.0, 8)
     times = {"dense": milliseconds(dense, x, dy) - idle}
+    call = functools.partial(sparse, chosen)
+    times["nothing"] = milliseconds(call, none, limit, dy) - idle
     times["unpack"] = milliseconds(unpacked, packed, limit, dy) - idle
     cuts = {}
     for cut in (chosen, *others) if every_tile else (chosen,):
@@ -215,8 +219,9 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
     """A line of the table, and one of all cuts where there are several."""
     yield (
         f"{row['network']:18} {row['name']:24} {row['sparsity']:5} {row['dense_ms']:8.4f} "
-        f"{row['unpack_ms']:8.4f} {row['sparse_ms']:8.4f} {row['floor_ms']:8.4f} "
-        f"{row['dense_ms'] / row['sparse_ms']:6.2f} {row['cut']:>12} {row['error']:8.1e}"
+        f"{row['unpack_ms']:8.4f} {row['sparse_ms']:8.4f} {row['nothing_ms']:8.4f} "
+        f"{row['floor_ms']:8.4f} {row['dense_ms'] / row['sparse_ms']:6.2f} "
+        f"{row['unpack_ms'] / row['sparse_ms']:6.2f} {row['cut']:>12} {row['error']:8.1e}"
     )
     if len(row["cuts_ms"]) > 1:
         best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])

@@ -3,6 +3,7 @@
 
 #include "sparse_conv.cuh"
 
+#include <algorithm>
 #include <limits>
 
 #include "packing.cuh"
@@ -10,19 +11,50 @@
 namespace swat {
 namespace {
 
-static_assert(conv::kBlock == kThreads && 32 * conv::kWordsOfTile == kTile);
+static_assert(32 * conv::kWordsOfTile == kTile);
+
+// Hopper moves registers from warps to others, so that there are as many producers as consumers. Where
+// it does not, a block with many sums has room for half as many.
+constexpr int kMoving = 8, kStaying = 4;
+#if __CUDA_ARCH_FEAT_SM90_ALL
+#define SWAT_MOVES_REGISTERS 1
+#endif
+// Two blocks share a multiprocessor where their sums, or pixels to gather, leave enough registers.
+SWAT_INLINE constexpr int blocks_at_once(int sums, bool gathers) {
+  return sums <= 4096 && !gathers ? 2 : 1;
+}
 
 // The hardware, of compute capability 8.0 at least.
-template <typename T>
+template <typename T, int Producers>
 struct Gpu {
+  static constexpr int kProducers = Producers, kBlock = 32 * (conv::kConsumers + kProducers);
+  // A multiprocessor has 64 K of them: 512 threads start with 128.
+  template <bool kConsumes>
+  static __device__ __forceinline__ void registers() {
+#ifdef SWAT_MOVES_REGISTERS
+    if constexpr (kProducers == kMoving) {
+      if constexpr (kConsumes) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 176;");
+      } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 80;");
+      }
+    }
+#endif
+  }
   static __device__ __forceinline__ uint32_t thread() { return threadIdx.x; }
   // The same register for all lanes, so that branches on it are known to be taken together.
   static __device__ __forceinline__ uint32_t warp() {
     return __shfl_sync(kFullWarp, threadIdx.x / 32, 0);
   }
   static __device__ __forceinline__ uint32_t block() { return blockIdx.x; }
-  static __device__ __forceinline__ void sync() { __syncthreads(); }
-  static __device__ __forceinline__ uint32_t sum(uint32_t value) { return warp_sum(value); }
+  // Waits until `count` threads came to a barrier; `arrive` comes there without waiting.
+  static __device__ __forceinline__ void sync(int barrier, int count) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+  }
+  static __device__ __forceinline__ void arrive(int barrier, int count) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(count) : "memory");
+  }
+  static __device__ __forceinline__ void sync_warp() { __syncwarp(); }
   static __device__ __forceinline__ uint32_t scan(uint32_t value) { return warp_scan(value); }
   static __device__ __forceinline__ uint32_t shuffle(uint32_t value, uint32_t lane) {
     return __shfl_sync(kFullWarp, value, static_cast<int>(lane));
@@ -43,11 +75,20 @@ struct Gpu {
         : "r"(static_cast<uint32_t>(condition)), "l"(from));
     return value;
   }
-  static __device__ __forceinline__ void put_if(bool condition, uint16_t* to, uint32_t value) {
+  static __device__ __forceinline__ uint32_t take(const uint16_t* from) {
+    uint32_t value;
+    asm volatile("{ .reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h; }"
+                 : "=r"(value)
+                 : "r"(address(from))
+                 : "memory");
+    return value;
+  }
+  static __device__ __forceinline__ void put_if(bool condition, uint16_t* to, uint32_t index,
+                                                uint32_t value) {
     asm volatile(
         "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.u16 [%1], %2; }" ::"r"(
             static_cast<uint32_t>(condition)),
-        "r"(address(to)), "r"(value)
+        "r"(address(to) + 2 * index), "r"(value)
         : "memory");
   }
   static __device__ __forceinline__ void store(float* to, float first, float second) {
@@ -57,26 +98,42 @@ struct Gpu {
   static __device__ __forceinline__ void clear(uint16_t* to) {
     *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
   }
-  // 16 bytes to shared memory, zeros if they are not there: then nothing is read. They are on their
-  // way until `wait`.
-  static __device__ __forceinline__ void copy(uint16_t* to, const uint16_t* from, bool is_there) {
+  // The first `bytes` of 16 to shared memory, the others become zeros: of none nothing is read. They
+  // are on their way until `wait`.
+  static __device__ __forceinline__ void copy_part(uint16_t* to, const uint16_t* from,
+                                                   uint32_t bytes) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(is_there ? 16 : 0)
+                 "r"(bytes)
                  : "memory");
 #endif
   }
-  // Ends a group of copies; `wait` leaves at most kPending of the last groups on their way.
+  // A word, or zero.
+  static __device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from,
+                                                   bool is_there) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),
+                 "r"(is_there ? 4 : 0)
+                 : "memory");
+#endif
+  }
+  // Ends a group of copies; `wait` leaves at most so many of the last groups on their way.
   static __device__ __forceinline__ void commit() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
   }
-  template <int kPending>
-  static __device__ __forceinline__ void wait() {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
+  static __device__ __forceinline__ void wait(int pending) {
+    static_assert(conv::kMostStages == 8);
+    switch (pending) {
+      case 6: return wait_for<6>();
+      case 5: return wait_for<5>();
+      case 4: return wait_for<4>();
+      case 3: return wait_for<3>();
+      case 2: return wait_for<2>();
+      case 1: return wait_for<1>();
+      default: return wait_for<0>();
+    }
   }
   // Four matrices of 8 x 8 values, transposed; lane l says where row l % 8 of matrix l / 8 begins.
   static __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint16_t* from) {
@@ -108,19 +165,34 @@ struct Gpu {
   }
 
  private:
+  template <int kPending>
+  static __device__ __forceinline__ void wait_for() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+  }
   static __device__ __forceinline__ unsigned address(const void* shared) {
     return static_cast<unsigned>(__cvta_generic_to_shared(shared));
   }
 };
 
-// Two blocks share a multiprocessor where their sums leave enough registers.
-template <typename T, int M, int N, bool kGathers>
-__global__ void __launch_bounds__(kThreads, M* N <= 16384 && !kGathers ? 2 : 1)
+// Of the two numbers of producers every architecture has one: `launch_tiles` takes the one it has.
+template <typename T, int Producers, int M, int N, bool kGathers>
+__global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at_once(M* N, kGathers))
     weight_gradient_kernel(const __grid_constant__ conv::Problem problem, const float* least) {
 #if __CUDA_ARCH__ >= 800
-  extern __shared__ uint4 dynamic[];
-  conv::weight_gradient<Gpu<T>, M, N, kGathers>(Gpu<T>{}, problem, Limit<T>(*least).least,
-                                                reinterpret_cast<unsigned char*>(dynamic));
+#ifdef SWAT_MOVES_REGISTERS
+  constexpr bool kIsCompiled =
+      Producers == (blocks_at_once(M * N, kGathers) == 1 ? kMoving : kStaying);
+#else
+  constexpr bool kIsCompiled = Producers == kStaying;
+#endif
+  if constexpr (kIsCompiled) {
+    using Own = Gpu<T, Producers>;
+    extern __shared__ uint4 dynamic[];
+    conv::weight_gradient<Own, M, N, kGathers>(Own{}, problem, Limit<T>(*least).least,
+                                               reinterpret_cast<unsigned char*>(dynamic));
+  }
 #endif
 }
 
@@ -149,19 +221,49 @@ __global__ void __launch_bounds__(kThreads)
   *reinterpret_cast<float4*>(to + i) = sum;
 }
 
-template <typename T, int M, int N, bool kGathers>
-cudaError_t launch_tiles(cudaStream_t stream, const conv::Problem& problem, const float* least) {
-  const auto kernel = weight_gradient_kernel<T, M, N, kGathers>;
-  const uint32_t shared = conv::shared_bytes_of<Gpu<T>, M, N, kGathers>(problem.shape);
-  const cudaError_t code = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+template <typename T, int Producers, int M, int N, bool kGathers>
+cudaError_t launch_producers(cudaStream_t stream, conv::Problem problem, const float* least) {
+  using Own = Gpu<T, Producers>;
+  const auto kernel = weight_gradient_kernel<T, Producers, M, N, kGathers>;
+  int device = 0, of_block = 0, of_all = 0, reserved = 0;
+  cudaError_t code = cudaGetDevice(&device);
+  const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+    if (code == cudaSuccess) code = cudaDeviceGetAttribute(&value, attribute, device);
+  };
+  ask(of_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(of_all, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   if (code != cudaSuccess) return code;
-  kernel<<<conv::Part<M, N>::blocks(problem.shape, problem.splits), kThreads, shared, stream>>>(
+  const int each = of_all / blocks_at_once(M * N, kGathers) - reserved;
+  if (!conv::fit<Own, M, N, kGathers>(problem, static_cast<uint32_t>(std::min(of_block, each)))) {
+    return cudaErrorInvalidConfiguration;
+  }
+  const uint32_t shared =
+      conv::shared_bytes_of<Own, M, N, kGathers>(problem.shape, problem.stages, problem.room);
+  code = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(shared));
+  if (code != cudaSuccess) return code;
+  kernel<<<conv::Part<M, N>::blocks(problem.shape, problem.splits), Own::kBlock, shared, stream>>>(
       problem, least);
   return cudaGetLastError();
 }
 
-// The tiles there are: _TILES in swat_jax/sparse_convolution.py. `found` says whether this is one.
+template <typename T, int M, int N, bool kGathers>
+cudaError_t launch_tiles(cudaStream_t stream, const conv::Problem& problem, const float* least) {
+  if constexpr (blocks_at_once(M * N, kGathers) == 1) {
+    cudaFuncAttributes found;
+    const cudaError_t code =
+        cudaFuncGetAttributes(&found, weight_gradient_kernel<T, kMoving, M, N, kGathers>);
+    if (code != cudaSuccess) return code;
+    // One that this architecture has not is empty, and needs next to none.
+    if (found.numRegs > 64) {
+      return launch_producers<T, kMoving, M, N, kGathers>(stream, problem, least);
+    }
+  }
+  return launch_producers<T, kStaying, M, N, kGathers>(stream, problem, least);
+}
+
+// The tiles there are: TILES in swat_jax/sparse_convolution.py. `found` says whether this is one.
 template <typename T>
 cudaError_t launch_weight_gradient(cudaStream_t stream, const conv::Problem& problem,
                                    const float* least, int64_t m, int64_t n, bool gathers,
@@ -171,12 +273,15 @@ cudaError_t launch_weight_gradient(cudaStream_t stream, const conv::Problem& pro
   if (gathers) {
     if (is(64, 64)) return launch_tiles<T, 64, 64, true>(stream, problem, least);
     if (is(128, 128)) return launch_tiles<T, 128, 128, true>(stream, problem, least);
+    if (is(128, 256)) return launch_tiles<T, 128, 256, true>(stream, problem, least);
+    if (is(256, 128)) return launch_tiles<T, 256, 128, true>(stream, problem, least);
   } else {
     if (is(64, 64)) return launch_tiles<T, 64, 64, false>(stream, problem, least);
     if (is(64, 256)) return launch_tiles<T, 64, 256, false>(stream, problem, least);
     if (is(128, 128)) return launch_tiles<T, 128, 128, false>(stream, problem, least);
     if (is(128, 256)) return launch_tiles<T, 128, 256, false>(stream, problem, least);
     if (is(256, 64)) return launch_tiles<T, 256, 64, false>(stream, problem, least);
+    if (is(256, 128)) return launch_tiles<T, 256, 128, false>(stream, problem, least);
   }
   found = false;
   return cudaSuccess;
@@ -217,7 +322,7 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
   }
   const double everything = static_cast<double>(images) * input[0] * input[1] * in;
   if (everything >= 4294967296.0 ||
-      static_cast<double>(images) * rows * columns >= 2147483648.0 - conv::kPixels) {
+      static_cast<double>(images) * rows * columns >= 2147483648.0 - conv::pixels_of(64, 64)) {
     return invalid(std::string(kOp) + ": the input must have fewer than 2**32 values, and dy fewer "
                    "than 2**31 pixels");
   }
@@ -235,14 +340,15 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
                    {static_cast<int>(strides[0]), static_cast<int>(strides[1])},
                    {static_cast<int>(lows[0]), static_cast<int>(lows[1])}};
   const conv::Shape& shape = problem.shape;
-  if (!gathers && (!shape.is_plain() || in > conv::RunTable<Gpu<__half>, 64>::kMostIn)) {
+  if (!gathers && (!shape.is_plain() || in > conv::kMostRun)) {
     return invalid(std::string(kOp) + ": gathers must be true but for windows of 1 at stride 1 and " +
-                   "at most " + std::to_string(conv::RunTable<Gpu<__half>, 64>::kMostIn) +
+                   "at most " + std::to_string(conv::kMostRun) +
                    " input channels");
   }
-  if (splits < 1 || splits > shape.chunks()) {
-    return invalid(std::string(kOp) + ": splits must be 1 to " + std::to_string(shape.chunks()) +
-                   ", got " + std::to_string(splits));
+  const uint32_t chunks = shape.chunks(conv::pixels_of(tile[0], tile[1]));
+  if (splits < 1 || splits > chunks) {
+    return invalid(std::string(kOp) + ": splits must be 1 to " + std::to_string(chunks) + ", got " +
+                   std::to_string(splits));
   }
   PackedShape packed;
   const ffi::DataType type = dy.element_type();

@@ -12,7 +12,7 @@
 namespace swat {
 namespace {
 
-static_assert(conv::kBlock == kThreads);
+static_assert(vectors::kBlock == kThreads);
 
 // The hardware, of compute capability 8.0 at least.
 template <typename T>

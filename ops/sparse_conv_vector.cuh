@@ -33,9 +33,8 @@
 namespace swat {
 namespace vectors {
 
-using conv::kBlock;
-using conv::kWarpsOfBlock;
-
+constexpr int kBlock = 256;  // threads
+constexpr int kWarpsOfBlock = kBlock / 32;
 constexpr uint32_t kImages = 8;   // whose values lie together
 constexpr uint32_t kSlice = 32;   // input channels that a warp brings together
 constexpr uint32_t kEntries = 16;  // of a list, for one product

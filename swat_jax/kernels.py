@@ -621,9 +621,10 @@ def sparse_conv_weight_gradient(
         return jnp.zeros(kernel, jnp.float32)
     if cut is None:
         cut = sparse_convolution.cut(conv, packed.shape, dy.shape, window)
-    allowed, most = sparse_convolution.tiles(cut.gathers), sparse_convolution.chunks(dy.shape)
+    allowed = sparse_convolution.tiles(cut.gathers)
     if cut.tile not in allowed:
         raise UsageError(f"cut.tile must be one of {allowed}, got {cut.tile}")
+    most = sparse_convolution.chunks(dy.shape, cut.tile)
     if not 1 <= cut.splits <= most:
         raise UsageError(f"cut.splits must be in [1, {most}], got {cut.splits}")
     if not cut.gathers and sparse_convolution.must_gather(conv, packed.shape, window):

@@ -21,13 +21,14 @@ from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.varying import varying_like
 
 # Sums that a block makes, of input and output channels: `launch_weight_gradient` in ops/ has these.
-TILES = ((64, 64), (64, 256), (128, 128), (128, 256), (256, 64))
-GATHERED_TILES = ((64, 64), (128, 128))
-# Pixels that are multiplied at a time, and input channels up to which they need not be gathered:
-# `kPixels` and `kMostIn` there.
-_PIXELS, _MOST_RUN = 32, 960
-# Blocks that a large GPU holds at once; of those with many sums it holds half as many.
-_BLOCKS, _MANY_SUMS = 264, 2**14
+TILES = ((64, 64), (64, 256), (128, 128), (128, 256), (256, 64), (256, 128))
+GATHERED_TILES = ((64, 64), (128, 128), (128, 256), (256, 128))
+# Pixels that a group of warps multiplies at a time, sums up to which a block has two such groups
+# with sums of their own, and input channels up to which pixels need not be gathered: `pixels_of`,
+# `groups_of` and `kMostRun` there.
+_PIXELS, _TWO_GROUPS, _MOST_RUN = 32, 2**14, 512
+# Blocks that a large GPU holds at once; of those with few sums that do not gather, twice as many.
+_BLOCKS, _FEW_SUMS = 132, 2**12
 # What `cuts` tries: one, two and four blocks for every multiprocessor of a large GPU.
 _TRIED_BLOCKS = (132, 264, 528)
 # Chunks of pixels that a block takes at least, so that it is worth its start.
@@ -152,8 +153,10 @@ def cut(
     parts = math.prod(window)
     for channels, size in zip((shape[-1], dy[-1]), chosen, strict=True):
         parts *= -(-channels // size)
-    at_once = blocks or (_BLOCKS // 2 if math.prod(chosen) > _MANY_SUMS else _BLOCKS)
-    return Cut(chosen, max(1, min(at_once // parts, chunks(dy) // _LEAST_CHUNKS)), gathers)
+    shares = math.prod(chosen) <= _FEW_SUMS and not gathers
+    at_once = blocks or (2 * _BLOCKS if shares else _BLOCKS)
+    most = chunks(dy, chosen) // _LEAST_CHUNKS
+    return Cut(chosen, max(1, min(at_once // parts, most)), gathers)
 
 
 def cuts(
@@ -176,9 +179,14 @@ def cuts(
     return list(dict.fromkeys((first, *others)))
 
 
-def chunks(dy: tuple[int, ...]) -> int:
+def groups(tile: tuple[int, int]) -> int:
+    """Of warps of a block, each with sums of its own."""
+    return 2 if math.prod(tile) <= _TWO_GROUPS else 1
+
+
+def chunks(dy: tuple[int, ...], tile: tuple[int, int]) -> int:
     """Into how many parts the pixels of an output can be cut at most."""
-    return -(-math.prod(dy[:-1]) // _PIXELS)
+    return -(-math.prod(dy[:-1]) // (_PIXELS * groups(tile)))
 
 
 def tiles(gathers: bool) -> tuple[tuple[int, int], ...]:
@@ -194,10 +202,13 @@ def must_gather(conv: Convolution, shape: tuple[int, ...], window: tuple[int, ..
 
 
 def _tile(channels: int, outputs: int, gathers: bool) -> tuple[int, int]:
-    if gathers:
-        return (128, 128) if max(channels, outputs) > 64 else (64, 64)
-    if channels <= 64:
-        return (64, 256) if outputs > 64 else (64, 64)
-    if outputs <= 64:
+    if max(channels, outputs) <= 64:
+        return 64, 64
+    if channels <= 64 and not gathers:
+        return 64, 256
+    if outputs <= 64 and not gathers:
         return (256, 64) if channels > 128 else (64, 64)
-    return (128, 256) if outputs > 128 and channels <= 128 else (128, 128)
+    if channels <= 128 and outputs <= 128:
+        return 128, 128
+    # Every value is unpacked once for each tile of outputs, and dY is read once for each of inputs.
+    return (256, 128) if channels > 128 and outputs <= 2 * channels else (128, 256)

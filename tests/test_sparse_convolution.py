@@ -240,8 +240,8 @@ def test_bad_operands_are_refused():
         ({"tile": (64, 128)}, r"cut.tile must be one of \(\(64, 64\), .*got \(64, 128\)"),
         ({"gathers": True, "tile": (64, 256)}, r"cut.tile must be one of .*got \(64, 256\)"),
         ({"gathers": True}, ""),
-        ({"splits": 0}, "cut.splits must be in \\[1, 4\\], got 0"),
-        ({"splits": 5}, "cut.splits must be in \\[1, 4\\], got 5"),
+        ({"splits": 0}, "cut.splits must be in \\[1, 2\\], got 0"),
+        ({"splits": 3}, "cut.splits must be in \\[1, 2\\], got 3"),
     ):
         cut = dataclasses.replace(good, **changes)
         if message:
@@ -269,16 +269,23 @@ def test_cuts_cover_everything_with_blocks_for_a_large_gpu(window, channels):
             blocks = cut.splits * window[0] * window[1]
             blocks *= -(-inputs // cut.tile[0]) * -(-outputs // cut.tile[1])
             assert blocks <= 264 or cut.splits == 1
-            assert cut.gathers == (window != (1, 1) or inputs > 960)
+            assert cut.gathers == (window != (1, 1) or inputs > 512)
 
 
 # What is missing or wrong in one line of the kernel, and has to be found.
 FAULTS = {
     "nothing": ("", ""),
-    "no barrier before a turn": ("gpu.sync();  // dY and x", "// dY and x"),
-    "no barrier after the first table": ("gpu.sync();\n  load_piece(0);", "load_piece(0);"),
-    "a copy that is not waited for": ("wait<Layout::kStages - 2>", "wait<Layout::kStages - 1>"),
-    "one table for two turns": ("store(gpu, tables + turn % 2 * entries)", "store(gpu, tables)"),
+    "a tile of x that is not full": ("gpu.sync(full(turn)", "gpu.arrive(full(turn)"),
+    "a tile of x that is still read": ("gpu.sync(empty(turn)", "gpu.arrive(empty(turn)"),
+    "a tile of x that others clear": ("gpu.sync(kAmongProducers, 32 * Gpu::kProducers);", ""),
+    "a copy of dY that is not waited for": ("problem.stages) - 2);", "problem.stages) - 1);"),
+    "copied values that are not waited for": ("gpu.wait(1);", "gpu.wait(2);"),
+    "a table that is still written": ("gpu.sync_warp();\n    const Found", "const Found"),
+    "one slot for two turns": ("(turn % 2 * most_units + unit)", "unit"),
+    "sums over what is still read": (
+        "gpu.sync(kAmongConsumers, 32 * kConsumers);  // all", "// all",
+    ),
+    "more arrivals than turns": ("if (turn + kRing < chunks) gpu.arrive", "gpu.arrive"),
     "operands of another order": ("return lane % 8 + lane / 16 * 8;",
                                   "return lane % 8 + lane / 8 % 2 * 8;"),
 }  # fmt: skip
