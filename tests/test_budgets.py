@@ -72,6 +72,7 @@ def test_budgets_follow_the_momentum_of_what_was_kept(transformation, every):
     assert type(model.stem) is nnx.Conv
 
 
+@pytest.mark.newest
 def test_the_weights_move_as_without_budgets():
     model, other = (sparsify(stock(), sparsity=0.75, distribution="momentum") for _ in range(2))
     pairs = [

@@ -132,6 +132,7 @@ def row(key):
     return config, config.data.image_size, len(config.data.mean), classes
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("key", [key for key in SHAPES if key not in TRACED], ids="-".join)
 def test_every_other_row_is_built(key):
     config, size, channels, classes = row(key)
@@ -192,6 +193,7 @@ def bare(network, classes, channels, is_dense, granularity):
     )
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("network", sorted({row["network"] for row in ROWS}))
 def test_every_amount_on_every_data_set_is_set(network, monkeypatch):
     """All rows, with the network itself made once for several of them."""

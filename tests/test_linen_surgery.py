@@ -235,6 +235,7 @@ def test_erk_is_spread_over_what_the_call_reaches(variables):
 # ---------- Evaluation and pruning ----------
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("every", [1, 2])
 def test_evaluation_is_what_the_module_computes_with_pruned_weights(every):
     model = model_of(threshold_every_steps=every)

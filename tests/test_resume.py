@@ -69,6 +69,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(run, tmp_path):
     assert_same_run(broken, result, whole, expected)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("run", ["momentum"], indirect=True)
 def test_two_processes_go_on_with_a_run_and_end_with_its_bits(run, tmp_path):
     """One device each in place of two in one process, joined by gloo.

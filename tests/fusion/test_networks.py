@@ -91,6 +91,7 @@ def stock(build, dtype=None):
     return build(Layers(conv, linear, Dropout, rngs=nnx.Rngs(0), dtype=dtype))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_keeps_what_our_own_network_keeps(name, dtype):
@@ -110,6 +111,7 @@ def resnet50(build):
     return model
 
 
+@pytest.mark.newest
 def test_resnet50_keeps_what_is_counted_for_our_own():
     """At full size, traced and not run; the count is that of `python -m swat_jax.flops --bytes`."""
     shape = (2, 224, 224, 3)
@@ -155,6 +157,7 @@ def temporary_bytes(model, forward):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.newest
 def test_xla_plans_as_much_memory_as_for_our_own_network():
     """Measured: the same to the byte with JAX 0.12.0, and 0.01 % more with 0.10.2; unfused 1.8 and
     1.2 times as much. At the size of ResNet-50, batch 32, it is 0.08 % more.

@@ -47,4 +47,5 @@ def test_every_algorithm_is_right_and_trains(method, precision, tmp_path):
     plain = loss(lambda op, times: PLAIN[op])
     # Those that are not plain where there are any.
     others = loss(lambda op, times: [*times.milliseconds][-1])
-    assert others == pytest.approx(plain, rel=0.02)
+    # The second step's loss, after one by gradients that were rounded otherwise.
+    assert others == pytest.approx(plain, rel=0.1 if precision == "bfloat16" else 0.02)
