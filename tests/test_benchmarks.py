@@ -375,8 +375,9 @@ def test_the_page_on_performance_is_that_of_the_results(load):
     assert script.page() == page, "run python benchmarks/performance.py"
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    script = pathlib.Path(__file__).parents[1] / "benchmarks" / "tables.py"
+@pytest.mark.parametrize("name", ["tables", "sparse_conv_page"])
+def test_tables_in_pages_are_those_of_the_results(name):
+    script = pathlib.Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
     told = subprocess.run([sys.executable, script, "--check"], capture_output=True, check=False)
     assert told.returncode == 0, told.stdout.decode() + told.stderr.decode()
 
