@@ -23,7 +23,7 @@ from swat_jax.jsonable import jsonable
 DONE, FAILED, WRONG_USE, INTERRUPTED = 0, 1, 2, 130
 
 COMMON = """
-  --json             one JSON document on standard output, all else elsewhere
+  --json             one JSON document on standard output, of an error too
   --quiet            print errors only (and the JSON document)
   --verbose          print what libraries log too, and where an error comes from
 
@@ -134,10 +134,10 @@ def run(
             traceback.print_exc()
         line = "; ".join(str(error).split("\n"))
         print(f"{colored('error:', 'red', sys.stderr)} {line}", file=sys.stderr)
-        return WRONG_USE if isinstance(error, UsageError) else FAILED
+        return _failed(line, WRONG_USE if isinstance(error, UsageError) else FAILED, arguments)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
-        return INTERRUPTED
+        return _failed(stopped, INTERRUPTED, arguments)
     if answer is None:
         return DONE
     if options.json:
@@ -145,6 +145,13 @@ def run(
     elif answer.text and (answer.code or not options.quiet):
         _print(answer.text)
     return answer.code
+
+
+def _failed(line: str, code: int, arguments: Sequence[str]) -> int:
+    """The flag is looked for among the arguments, since it may be they that were wrong."""
+    if "--json" in arguments:
+        _print(json.dumps({"error": line, "exit_code": code}, indent=2))
+    return code
 
 
 def _print(text: str) -> None:

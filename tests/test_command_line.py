@@ -189,8 +189,18 @@ def test_exit_codes_of_errors(error, code, told, capsys):
     def failing(_):
         raise error
 
-    assert run(failing, "--json", stopped="go on like this") == code
+    assert run(failing, stopped="go on like this") == code
     assert capsys.readouterr() == ("", told)
+    assert run(failing, "--json", stopped="go on like this") == code
+    output, errors = capsys.readouterr()
+    line = told.removeprefix("error: ").removesuffix("\n")
+    assert (json.loads(output), errors) == ({"error": line, "exit_code": code}, told)
+
+
+def test_json_of_arguments_that_are_wrong(capsys):
+    assert run(talking, "--jsn", "--json") == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"error": "unknown flag --jsn; did you mean --json?", "exit_code": 2}
 
 
 def test_other_errors_pass():
