@@ -176,7 +176,7 @@ def summary(
       What was printed, with numbers in `Summary.rows`.
 
     Raises:
-      UsageError: the call reaches no such layer.
+      UsageError: an empty shape, or the call reaches no such layer.
 
     Example:
       >>> import swat_jax
@@ -191,6 +191,8 @@ def summary(
       (960, 720.0)
     """
     first = input_shape
+    if isinstance(first, Sequence) and not first:
+        raise UsageError(f"input_shape: {input_shape!r} is empty; give (N, ..., channels)")
     if isinstance(first, Sequence) and all(isinstance(size, numbers.Integral) for size in first):
         first = jax.ShapeDtypeStruct(tuple(first), dtype)
     call = (first, *args)

@@ -175,6 +175,8 @@ def test_what_is_not_in_the_table_is_said(capsys):
     assert "do not pack their inputs here" in told
     with pytest.raises(UsageError, match=r"reaches no nnx\.Conv"):
         summary(nnx.BatchNorm(3, rngs=nnx.Rngs(0)), (2, 3))
+    with pytest.raises(UsageError, match=r"input_shape: \(\) is empty; give \(N, "):
+        summary(Other(nnx.Rngs(0)), ())
 
 
 def test_a_layer_alone(capsys):
