@@ -151,7 +151,11 @@ def test_every_other_row_is_built(key):
 
 
 @pytest.mark.usefixtures("quick_tracing")
-@pytest.mark.parametrize("key", TRACED, ids="-".join)
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, marks=[pytest.mark.newest] if key[0] in LARGE else []) for key in TRACED],
+    ids="-".join,
+)
 def test_a_training_step_traces(key):
     config, size, channels, classes = row(key)
     info = Info(

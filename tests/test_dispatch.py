@@ -259,6 +259,7 @@ def test_a_setting_is_checked_before_a_run_starts(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.newest
 def test_training_computes_with_the_table_and_says_so(tmp_path, monkeypatch, capsys):
     add_fakes(monkeypatch)
     _, model, x = network(sparsity__pack=True)

@@ -14,6 +14,7 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name, monkeypatch, tmp_path):
     """In a folder of their own, for the files that they write."""

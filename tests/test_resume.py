@@ -22,14 +22,14 @@ from tests.runs import (
     spawn,
 )
 
+pytestmark = pytest.mark.newest
+
 RUNS = {"stream": ("u90", STREAM), "momentum": ("m90", OFTEN_SAVED | {"devices": 2})}
 # Processes start in half the time when the many small programs of a start are cached too.
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
-@pytest.fixture(
-    scope="module", params=["stream", pytest.param("momentum", marks=pytest.mark.newest)]
-)
+@pytest.fixture(scope="module", params=list(RUNS))
 def run(request, tmp_path_factory):
     """Flags, and the workdir and result of the run that never was killed."""
     method, changes = RUNS[request.param]
@@ -69,7 +69,6 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(run, tmp_path):
     assert_same_run(broken, result, whole, expected)
 
 
-@pytest.mark.newest
 @pytest.mark.parametrize("run", ["momentum"], indirect=True)
 def test_two_processes_go_on_with_a_run_and_end_with_its_bits(run, tmp_path):
     """One device each in place of two in one process, joined by gloo.

@@ -89,6 +89,7 @@ def test_other_methods_train(method, tmp_path):
     assert (result["weight_sparsity"] == 0) == (method == "dense")
 
 
+@pytest.mark.newest
 def test_other_devices_go_on_with_new_thresholds(tmp_path, fake_devices):
     options = dict(STREAM)  # with one device the programs of test_resume.py
     train.train_and_evaluate(digits(max_steps=4, devices=1, **options), tmp_path)
@@ -103,6 +104,7 @@ def test_other_devices_go_on_with_new_thresholds(tmp_path, fake_devices):
     assert all(np.all(v > 0) for v in second.values())
 
 
+@pytest.mark.newest
 def test_the_best_checkpoint_may_be_of_other_devices(tmp_path, fake_devices):
     """It is found after all training: a checkpoint that did not fit would leave no score at all."""
     options = STREAM | {"data__holdout": 0.2, "checkpoint__select": "best_holdout"}
