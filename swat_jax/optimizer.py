@@ -84,7 +84,10 @@ def learning_rate_schedule(
     def learning_rate(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step)
         # A table made on the host: each value is the float32 nearest to the exact one.
-        value = jnp.asarray(values)[jnp.sum(step >= boundaries)]
+        # An empty table would reach `shard_map` as an array without elements, of which the
+        # partitioner of JAX 0.11.2 dies.
+        place = jnp.sum(step >= boundaries) if boundaries.size else 0
+        value = jnp.asarray(values)[place]
         if schedule.name == "cosine":
             share = (step - cosine_start) / max(1, total - cosine_start)
             value = value * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(share, 0, 1)))

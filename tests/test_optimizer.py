@@ -199,6 +199,16 @@ def test_constant_schedule():
     assert set(rates_of(config, 5, 3).tolist()) == {float(np.float32(0.1))}
 
 
+@pytest.mark.parametrize("name", optimizer.SCHEDULES)
+def test_no_array_without_elements_reaches_the_partitioner(name):
+    """JAX 0.11.2 dies of one that `shard_map` closes over, on several devices of any kind."""
+    config = make_config(schedule__name=name, schedule__milestones=())
+    schedule = optimizer.learning_rate_schedule(config, steps_per_epoch=5, epochs=3)
+    program = jax.jit(schedule).lower(np.int32(0)).as_text()
+    assert "tensor<i32>" in program
+    assert "tensor<0x" not in program
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
