@@ -34,6 +34,8 @@ import jax.numpy as jnp
 from sparse_conv import NETWORKS, Problem, copy_rate, milliseconds, problems, product_rate
 
 from swat_jax import kernels, native, vector_convolution
+from swat_jax.kernels import choice
+from swat_jax.kernels.vector import vector_lists, vector_options
 from swat_jax.vector_convolution import VECTORS, Cut
 
 HEADER = (
@@ -60,7 +62,7 @@ def shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def takes(problem: Problem, vector: int) -> bool:
     """Whether there is a kernel for it on this device."""
     x, kernel = shapes(problem)
-    room = kernels._shared_room()
+    room = choice.shared_room()
     return not vector_convolution.refusal(problem.conv, x, jnp.bfloat16, kernel, vector, room)
 
 
@@ -72,7 +74,7 @@ def name_of(cut: Cut) -> str:
 def cuts(problem: Problem, every: bool) -> list[Cut]:
     """What is timed, the choice first."""
     x, kernel = shapes(problem)
-    room = kernels._shared_room()
+    room = choice.shared_room()
     found = [vector_convolution.cut(problem.conv, x, kernel, room)]
     for cut in vector_convolution.cuts(problem.conv, x, kernel, room) if every else ():
         found += [cut] if cut.chunk == 32 else [cut, dataclasses.replace(cut, chunk=cut.chunk // 2)]
@@ -156,8 +158,8 @@ def lists_ms(problem: Problem, vector: int, cut: Cut, kernel: jax.Array) -> floa
     """Milliseconds of the first of the two kernels alone; nothing where there are none."""
     if kernels.backend() != "cuda":
         return 0.0
-    options = kernels._vector_options(problem.conv, *shapes(problem), vector, cut)
-    return milliseconds(lambda one: kernels._vector_lists(one, vector, cut, options)[0], kernel)
+    options = vector_options(problem.conv, *shapes(problem), vector, cut)
+    return milliseconds(lambda one: vector_lists(one, vector, cut, options)[0], kernel)
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:

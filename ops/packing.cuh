@@ -23,7 +23,7 @@ template <typename T, int kGroups>
 constexpr int kSteps = kGroups * kGroup<T>;
 template <typename T, int kGroups>
 constexpr int kSpan = kSteps<T, kGroups> * kTile;
-constexpr int kLeastSpan = kSpan<float, 1>;  // _SPAN in swat_jax/kernels.py
+constexpr int kLeastSpan = kSpan<float, 1>;  // _SPAN in swat_jax/kernels/selection.py
 constexpr int kMostSteps = 8;
 // Blocks of a grid that packs: two counts for a thread. Few of them make many rounds of few values,
 // for tests.

@@ -37,7 +37,7 @@ constexpr int kPackings = 4;
 __host__ __device__ inline int64_t least_spans_of(int64_t n) {
   return (n + kLeastSpan - 1) / kLeastSpan;
 }
-// Workspace of one selection, in 32-bit words: swat_jax/kernels.py allocates as much.
+// Workspace of one selection, in 32-bit words: swat_jax/kernels/selection.py allocates as much.
 __host__ __device__ inline int64_t selection_words(int64_t n) {
   return sizeof(SelectionCounts) / sizeof(uint32_t) + kPackings * least_spans_of(n);
 }

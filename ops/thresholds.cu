@@ -27,7 +27,7 @@ __device__ constexpr int shift_of(int digit) {
 }
 
 // Counts of one tensor, a row for each digit. They start as zeros.
-constexpr int64_t kCountsOfOne = 3 * kBins;  // _COUNTS_OF_ONE in swat_jax/kernels.py
+constexpr int64_t kCountsOfOne = 3 * kBins;  // COUNTS_OF_ONE in swat_jax/kernels/selection.py
 
 template <typename T>
 struct Tensors {

@@ -12,7 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import swat_jax.linen
-from swat_jax import algorithms, candidates, errors, functional, surgery
+from swat_jax import algorithms, candidates, errors, surgery
 from swat_jax.algorithms import PLAIN, Algorithms
 from swat_jax.candidates import OPS, Candidate, Problem
 from swat_jax.convolution import Convolution
@@ -275,5 +275,4 @@ def test_every_candidate_is_whole():
 def test_the_fakes_are_no_part_of_the_package():
     assert not any("fake" in found for found in candidates.CANDIDATES.values())
     assert set(FAKES) == set(OPS)
-    assert functional.PLAIN is PLAIN
     assert packing.TILE > 0

@@ -23,6 +23,7 @@ from swat_jax.algorithm_table import Table, Times
 from swat_jax.algorithms import PLAIN, Algorithms
 from swat_jax.candidates import OPS
 from swat_jax.errors import UsageError
+from swat_jax.kernels import choice as kernel_choice
 from tests.fake_algorithms import CALLS, add_fakes
 from tests.runs import digits
 
@@ -63,7 +64,8 @@ def untimed(count):
 def cuda(monkeypatch, tmp_path):
     """As on a GPU with kernels, as far as tables are concerned; with tables of its own."""
     add_fakes(monkeypatch)
-    monkeypatch.setattr(dispatch.kernels, "backend", lambda: "cuda")
+    for place in (kernels, kernel_choice):
+        monkeypatch.setattr(place, "backend", lambda: "cuda")
     monkeypatch.setattr(kernels, "folds", lambda dtype: False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(algorithm_table, "SHIPPED", tmp_path / "shipped")

@@ -12,6 +12,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from swat_jax import data, kernels, step
+from swat_jax.kernels import choice
 from swat_jax.layers import NextWeightThreshold, SwatConv, SwatLinear, find_weight_thresholds
 from tests.runs import digits, needs_library
 
@@ -118,7 +119,7 @@ def test_stacked_layers_are_left_to_themselves():
 
 
 def test_layers_that_differ_from_device_to_device_are_found_apart(fake_devices, monkeypatch):
-    monkeypatch.setattr(kernels, "_has_kernel", lambda *_: True)
+    monkeypatch.setattr(choice, "has_kernel", lambda *_: True)
     mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,), devices=fake_devices[:2])
 
     def limits(kernel):

@@ -13,6 +13,7 @@ from flax import nnx
 from swat_jax import functional, kernels, native
 from swat_jax.algorithms import Algorithms
 from swat_jax.errors import UsageError
+from swat_jax.kernels import choice
 from swat_jax.layers import SwatConv
 from tests import oracle
 from tests.runs import needs_library
@@ -152,7 +153,7 @@ def test_what_is_kept_is_never_more_than_fits():
 @pytest.mark.parametrize("backend", ["xla", "cuda"])
 def test_gradients_of_weights_are_settled_for_gpus_only(backend, monkeypatch):
     """Elsewhere a barrier would round what XLA need not round."""
-    monkeypatch.setattr(kernels, "backend", lambda: backend)
+    monkeypatch.setattr(choice, "backend", lambda: backend)
     dw = jnp.arange(12.0).reshape(2, 3, 2)
     # A new function each time: JAX remembers what it traced.
     traced = jax.make_jaxpr(lambda dw: kernels.settled_gradient(dw))(dw)

@@ -54,12 +54,12 @@ LEVELS = (
 )
 HEIGHT = {unit: height for height, units in enumerate(LEVELS) for unit in units}
 
-# What only one file may use, and why it would be missed elsewhere.
+# What only one file or folder may use, and why it would be missed elsewhere.
 ONLY_IN = {
-    "custom_vjp": ("functional.py", "gradient rules have one place"),
-    "custom_jvp": ("functional.py", "gradient rules have one place"),
-    "ffi_call": ("kernels.py", "every native op has its jnp twin beside it"),
-    "register_ffi_target": ("native.py", "a refused registration ends the backend"),
+    "custom_vjp": ("functional", "gradient rules have one place"),
+    "custom_jvp": ("functional", "gradient rules have one place"),
+    "ffi_call": ("kernels", "every native op has its jnp twin beside it"),
+    "register_ffi_target": ("native", "a refused registration ends the backend"),
 }
 NOT_AT_ALL = ("tensorflow", "torch", "clu", "tests", "configs", "benchmarks")
 
@@ -91,7 +91,7 @@ def own_imports(module: str) -> set[str]:
 
 
 def unit_of(module: str) -> str:
-    return module.split(".")[1]
+    return f"{module}.".split(".")[1]
 
 
 INNER = [module for module in SOURCES if module != "swat_jax"]
@@ -143,13 +143,28 @@ def test_networks_are_built_without_the_command_line():
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_what_has_its_own_place_stays_there(module):
-    path = SOURCES[module]
     for imported in imports_of(module):
         assert imported.split(".")[0] not in NOT_AT_ALL, f"{module} imports {imported}"
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(SOURCES[module].read_text())):
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", None)
-        home, why = ONLY_IN.get(str(name), (path.name, ""))
-        assert path.name == home, f"{module} uses {name}, which belongs in {home}: {why}"
+        home, why = ONLY_IN.get(str(name), (unit_of(module), ""))
+        assert unit_of(module) == home, f"{module} uses {name}, which belongs in {home}: {why}"
+
+
+def test_every_handler_of_the_library_is_called_and_no_other():
+    (handlers,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse(SOURCES["swat_jax.native"].read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "HANDLERS"
+    )
+    calls = [
+        node
+        for module in SOURCES
+        if unit_of(module) == "kernels"
+        for node in ast.walk(ast.parse(SOURCES[module].read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "custom_call.call"
+    ]
+    assert {ast.literal_eval(call.args[0]) for call in calls} == set(handlers)
 
 
 def test_the_front_door_only_names_what_is_behind_it():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from swat_jax import batch_norm, dropout_bits, kernels
+from swat_jax.kernels.selection import COUNTS_OF_ONE, selection_words
 from swat_jax.max_pool import Pool
 from swat_jax.sparsity import packing, top_k
 from tests import oracle
@@ -637,7 +638,7 @@ def test_many_rounds_of_16_bit_values(dtype, density, fits):
 
 def test_tensors_and_stored_thresholds_that_do_not_fit_are_refused():
     limit, scratch = (jax.ShapeDtypeStruct((n,) * (n > 1), d) for n, d in
-                      ((1, jnp.float32), (kernels._COUNTS_OF_ONE, jnp.uint32)))  # fmt: skip
+                      ((1, jnp.float32), (COUNTS_OF_ONE, jnp.uint32)))  # fmt: skip
     call = jax.ffi.ffi_call("swat_jax_thresholds", (scratch, limit))
     keep, due = jnp.zeros((1, 2), jnp.uint32), jnp.ones((1,), bool)
     for message, operands in (
@@ -657,7 +658,7 @@ def test_operands_that_do_not_fit_are_refused():
                     "swat_jax_threshold",
                     (
                         jax.ShapeDtypeStruct((), jnp.float32),
-                        jax.ShapeDtypeStruct((kernels._selection_words(8),), jnp.uint32),
+                        jax.ShapeDtypeStruct((selection_words(8),), jnp.uint32),
                     ),
                 )(x, jnp.zeros(3, jnp.uint32), jnp.ones((), bool), jnp.zeros(()))
             )(jnp.ones(8))

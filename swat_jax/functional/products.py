@@ -1,31 +1,9 @@
-"""SWAT convolution, linear product and batch norm: the only place with gradient rules.
-
-For weights ``W``, input ``x`` and output gradient ``dY``, with masks by top-K magnitude:
-
-* forward: ``Y = conv(x, W * mask(W))``; the input is dense;
-* kept for the backward pass: ``x * mask(x)`` and ``W * mask(W)``, nothing dense;
-* input gradient: ``conv_transpose(dY, W * mask(W))``;
-* weight gradient: ``corr(x * mask(x), dY)``, dense: masked weights get gradients too, so that
-  they can come back.
-
-A bias is added outside, so its gradient is dense.
-
-Between two products, `batch_norm_relu` makes the dense input of the next product together with its
-packed form. It keeps its own input and, after an addition, one bit per value; the product keeps the
-packed form. So nobody keeps the dense activation.
-
-XLA would bring it back: it fuses packing into the backward pass, or unpacks early. Every backward
-rule therefore first ties what it kept to the gradient that comes in, as `jax.checkpoint` does.
-
-Source: SWAT (Raihan & Aamodt, NeurIPS 2020), section 3 and algorithm 1.
-"""
+"""Convolution and linear product with masked weights and masked saved activations."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -36,19 +14,15 @@ from jax import lax
 
 from swat_jax import kernels
 from swat_jax.algorithms import PLAIN, Algorithms, run
-from swat_jax.batch_norm import Vectors
 from swat_jax.candidates import Problem
 from swat_jax.convolution import Convolution
 from swat_jax.errors import UsageError
-from swat_jax.max_pool import Pool
+from swat_jax.functional.arguments import Padding, Precision, as_padding, check_floats, per_axis
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import packing, top_k
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.top_k import Count
 from swat_jax.sparsity.varying import varying_like
-
-Padding = str | Sequence[tuple[int, int]]
-Precision = Any  # what `jax.lax` takes; it has no public name for it
 
 
 def swat_conv(
@@ -132,16 +106,16 @@ def swat_conv(
             "needs kernel.shape[-2] * groups == x.shape[-1] and whole groups of outputs"
         )
     conv = Convolution(
-        strides=_per_axis(strides, spatial, "strides"),
-        padding=_padding(padding, spatial),
-        input_dilation=_per_axis(input_dilation, spatial, "input_dilation"),
-        kernel_dilation=_per_axis(kernel_dilation, spatial, "kernel_dilation"),
+        strides=per_axis(strides, spatial, "strides"),
+        padding=as_padding(padding, spatial),
+        input_dilation=per_axis(input_dilation, spatial, "input_dilation"),
+        kernel_dilation=per_axis(kernel_dilation, spatial, "kernel_dilation"),
         feature_group_count=groups,
         precision=precision,
         preferred_element_type=preferred_element_type,
         folds=kernels.folds(x.dtype),
     )
-    _check_floats("kernel", kernel)
+    check_floats("kernel", kernel)
     units = granularities.units(kernel.shape, granularity)
     weights = _selection("weight", weight_sparsity, weight_keep, weight_threshold, units)
     activations = _activation_selection(
@@ -207,7 +181,7 @@ def swat_linear(
             "x must be (..., in) and kernel (in, out) with the same in; "
             f"got shapes {x.shape} and {kernel.shape}"
         )
-    _check_floats("kernel", kernel)
+    check_floats("kernel", kernel)
     product = _MatrixProduct(precision, preferred_element_type)
     weights = _selection("weight", weight_sparsity, weight_keep, weight_threshold, kernel.size)
     activations = _activation_selection(
@@ -283,7 +257,7 @@ def _activation_selection(
     keep: Count | None,
     threshold: jax.Array | float | None,
 ) -> _Selection:
-    _check_floats("x", x)
+    check_floats("x", x)
     if packed is None:
         return _selection("activation", sparsity, keep, threshold, x.size)
     if packed.shape != x.shape or packed.dtype != x.dtype:
@@ -425,386 +399,3 @@ def _product_backward(
 
 
 _product.defvjp(_product_forward, _product_backward)
-
-
-class BatchNormOutput(NamedTuple):
-    """What `batch_norm_relu` returns.
-
-    Attributes:
-      y: the result, once for every reader that was asked for.
-      x: the input again, if that was asked for, else None.
-      mean: (channels,) of the batch; no gradient flows through it.
-      variance: (channels,), biased; likewise.
-      packed: the packed form of the result, or None. It may hold a little more than was selected:
-        whoever reads it leaves out what is below its threshold.
-      thresholds: float32, one per selection, or None.
-    """
-
-    y: tuple[jax.Array, ...]
-    x: jax.Array | None
-    mean: jax.Array
-    variance: jax.Array
-    packed: Packed | None
-    thresholds: jax.Array | None
-
-
-def batch_norm_relu(
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    *,
-    residual: jax.Array | None = None,
-    relu: bool = True,
-    epsilon: float = 1e-5,
-    statistics: tuple[jax.Array, jax.Array] | None = None,
-    axis_name: str | None = None,
-    readers: int = 1,
-    returns_input: bool = False,
-    kept: jax.Array | None = None,
-    dropout_rate: float = 0.0,
-    selection: kernels.Selection | None = None,
-) -> BatchNormOutput:
-    """Batch norm, addition and ReLU, with the packed form that the next products keep.
-
-    After the ReLU there may be dropout, in the same pass.
-
-    Args:
-      x: (..., channels) floats.
-      scale: (channels,).
-      bias: (channels,).
-      residual: added before the ReLU, of the shape and type of ``x``; or None.
-      relu: whether negative values become 0.
-      epsilon: added to the variance.
-      statistics: mean and variance to use as constants (for evaluation); None: those of ``x``.
-      axis_name: mapped axis over which statistics are averaged.
-      readers: how often the result is returned. Whoever reads it takes one of its own: their
-        gradients then meet inside the backward passes and need no addition of their own.
-      returns_input: whether ``x`` is returned too, for a shortcut that branches off before the
-        norm; its gradient then joins in the same way.
-      kept: which values dropout keeps, a bitmap (`swat_jax.sparsity.packing.to_bitmap`); not
-        beside a residual, and only after a ReLU. None: no dropout.
-      dropout_rate: the fraction that it drops on average; what is left is divided by
-        ``1 - dropout_rate``.
-      selection: what is packed, if anything.
-
-    Returns:
-      See `BatchNormOutput`.
-
-    Raises:
-      UsageError: if shapes or types do not fit.
-
-    Example:
-      >>> out = batch_norm_relu(jnp.ones((2, 4, 4, 8)), jnp.ones(8), jnp.zeros(8))
-      >>> out.y[0].shape
-      (2, 4, 4, 8)
-
-    Source: Ioffe and Szegedy, "Batch normalization", 2015.
-    """
-    _check_floats("x", x)
-    channels = x.shape[-1:]
-    vectors = {"scale": scale, "bias": bias}
-    if statistics is not None:
-        vectors |= {"statistics[0]": statistics[0], "statistics[1]": statistics[1]}
-    for name, vector in vectors.items():
-        if x.ndim < 2 or vector.shape != channels:
-            raise UsageError(
-                f"{name} must have the shape (channels,) for x (..., channels); "
-                f"got {vector.shape} for {x.shape}"
-            )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise UsageError(
-            f"residual must be like x, {x.dtype}{list(x.shape)}; "
-            f"got {residual.dtype}{list(residual.shape)}"
-        )
-    if readers < 1:
-        raise UsageError(f"readers must be at least 1, got {readers}")
-    if kept is not None and (residual is not None or not relu):
-        raise UsageError("kept must be None where there is a residual, or no ReLU")
-    words = (packing.bitmap_words(x.size),)
-    if kept is not None and (kept.shape != words or kept.dtype != jnp.uint32):
-        raise UsageError(
-            f"kept must be a bitmap of x, uint32{list(words)}; got {kept.dtype}{list(kept.shape)}"
-        )
-    _check_rate("dropout_rate", dropout_rate)
-    if kept is None and dropout_rate:
-        raise UsageError(f"dropout_rate must be 0 where kept is None, got {dropout_rate}")
-    rule = _NormRule(
-        relu=relu,
-        epsilon=epsilon,
-        axis_name=axis_name,
-        readers=readers,
-        returns_input=returns_input,
-        adds=residual is not None,
-        constant=statistics is not None,
-        drops=kept is not None,
-        dropout_rate=dropout_rate,
-    )
-    operands = (x, scale, bias, residual, statistics, kept, selection)
-    return _batch_norm_relu(
-        rule, *jax.tree.map(lambda leaf: varying_like(leaf, operands), operands)
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _NormRule:
-    relu: bool
-    epsilon: float
-    axis_name: str | None
-    readers: int
-    returns_input: bool
-    adds: bool  # whether there is a residual
-    constant: bool  # whether mean and variance were given
-    drops: bool  # whether there is dropout
-    dropout_rate: float
-
-    @property
-    def kept_factor(self) -> float:
-        return 1 / (1 - self.dropout_rate) if self.drops else 1.0
-
-
-class _NormResiduals(NamedTuple):
-    x: jax.Array
-    positive: jax.Array | None  # bitmap, where the sign cannot be found again from x
-    vectors: Vectors
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _batch_norm_relu(
-    rule: _NormRule,
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    residual: jax.Array | None,
-    statistics: tuple[jax.Array, jax.Array] | None,
-    kept: jax.Array | None,
-    selection: kernels.Selection | None,
-) -> BatchNormOutput:
-    return _norm_forward(rule, x, scale, bias, residual, statistics, kept, selection)[0]
-
-
-def _norm_forward(
-    rule: _NormRule,
-    x: jax.Array,
-    scale: jax.Array,
-    bias: jax.Array,
-    residual: jax.Array | None,
-    statistics: tuple[jax.Array, jax.Array] | None,
-    kept: jax.Array | None,
-    selection: kernels.Selection | None,
-) -> tuple[BatchNormOutput, _NormResiduals]:
-    if statistics is None:
-        mean, variance = kernels.batch_norm_statistics(x)
-        if rule.axis_name is not None:
-            # Of all devices: the mean of the means, and what the means add to the variances.
-            everywhere = lax.pmean(mean, rule.axis_name)
-            variance = lax.pmean(variance + jnp.square(mean - everywhere), rule.axis_name)
-            mean = everywhere
-    else:
-        mean, variance = statistics
-    vectors = Vectors(mean, variance, scale, bias)
-    result = kernels.batch_norm_relu(
-        x,
-        vectors,
-        residual,
-        epsilon=rule.epsilon,
-        relu=rule.relu,
-        # Of what was dropped they say that nothing passes.
-        keeps_signs=rule.relu and (rule.adds or rule.drops),
-        kept=kept,
-        kept_factor=rule.kept_factor,
-        selection=selection,
-    )
-    output = BatchNormOutput(
-        y=(result.y,) * rule.readers,
-        x=x if rule.returns_input else None,
-        mean=mean,
-        variance=variance,
-        packed=result.packed,
-        thresholds=result.thresholds,
-    )
-    return output, _NormResiduals(x, result.positive, vectors)
-
-
-def _norm_backward(
-    rule: _NormRule, residuals: _NormResiduals, output: BatchNormOutput
-) -> tuple[Any, ...]:
-    residuals, dys, through = lax.optimization_barrier((residuals, output.y, output.x))
-    x, positive, vectors = residuals
-    # Of several gradients one is made, once, which is that of the residual too; and what dropout
-    # passes is found once.
-    merges = rule.adds or rule.drops or len(dys) > 1
-    total, moment, dz = kernels.batch_norm_gradient_sums(
-        x,
-        dys,
-        positive,
-        vectors,
-        epsilon=rule.epsilon,
-        relu=rule.relu,
-        keeps_dz=merges,
-        factor=rule.kept_factor,
-    )
-    count, sums = x.size // x.shape[-1], (total, moment)
-    if rule.constant:
-        sums = (jnp.zeros_like(total), jnp.zeros_like(moment))
-    elif rule.axis_name is not None:
-        sums = lax.psum(sums, rule.axis_name)
-        count *= lax.axis_size(rule.axis_name)
-    dx = kernels.batch_norm_gradient(
-        x,
-        dys[0] if dz is None else dz,
-        vectors,
-        sums,
-        through,
-        epsilon=rule.epsilon,
-        relu=rule.relu and not merges,
-        count=count,
-    )
-    dscale = moment.astype(vectors.scale.dtype)
-    dbias = total.astype(vectors.bias.dtype)
-    return dx, dscale, dbias, dz if rule.adds else None, None, None, None
-
-
-_batch_norm_relu.defvjp(_norm_forward, _norm_backward)
-
-
-def _check_floats(name: str, value: jax.Array) -> None:
-    if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise UsageError(f"{name} must be an array of floats, got {value.dtype}")
-
-
-def _padding(padding: Padding, axes: int) -> str | tuple[tuple[int, int], ...]:
-    if isinstance(padding, str):
-        if padding.upper() in ("SAME", "SAME_LOWER", "VALID"):
-            return padding.upper()
-    elif isinstance(padding, Sequence) and len(padding) == axes:
-        pairs = [tuple(pair) for pair in padding if isinstance(pair, Sequence)]
-        if len(pairs) == axes and all(len(pair) == 2 for pair in pairs):
-            return tuple((int(low), int(high)) for low, high in pairs)
-    raise UsageError(
-        f"padding must be 'SAME', 'SAME_LOWER', 'VALID' or {axes} pairs (low, high), one per "
-        f"spatial axis; got {padding!r}"
-    )
-
-
-def _per_axis(value: int | Sequence[int], count: int, name: str) -> tuple[int, ...]:
-    axes = value if isinstance(value, Sequence | np.ndarray) else (value,) * count
-    try:
-        whole = tuple(operator.index(axis) for axis in axes)
-    except TypeError:
-        whole = ()
-    if len(whole) != count or min(whole, default=1) < 1:
-        raise UsageError(
-            f"{name} must be one whole number >= 1 or {count} of them (one per spatial axis), "
-            f"got {value!r}"
-        )
-    return whole
-
-
-def max_pool(
-    x: jax.Array,
-    window_shape: Sequence[int],
-    strides: Sequence[int] | None = None,
-    padding: Padding = "VALID",
-) -> jax.Array:
-    """Max pooling that keeps for its backward pass which value won, not the values.
-
-    Args:
-      x: (N, *spatial, channels) floats.
-      window_shape: one number per spatial axis, at most 255 positions in all.
-      strides: likewise; None: 1.
-      padding: as `jax.lax.reduce_window` takes it, without batch and channels. It never wins.
-
-    Returns:
-      (N, *spatial, channels). Of equal values the first gets the gradient.
-
-    Example:
-      >>> max_pool(jnp.arange(4.0).reshape(1, 2, 2, 1), (2, 2)).item()
-      3.0
-    """
-    _check_floats("x", x)
-    window = tuple(window_shape)
-    if len(window) != x.ndim - 2 or not 1 <= math.prod(window) <= 255:
-        raise UsageError(
-            f"window_shape must have one number per spatial axis of x {x.shape}, and at most 255 "
-            f"positions; got {window}"
-        )
-    steps = _per_axis(1 if strides is None else strides, len(window), "strides")
-    pairs = _padding(padding, len(window))
-    if isinstance(pairs, str):
-        pairs = lax.padtype_to_pads(x.shape[1:-1], window, steps, pairs)
-    return _max_pool(Pool(window, steps, tuple((int(a), int(b)) for a, b in pairs), x.shape), x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _max_pool(pool: Pool, x: jax.Array) -> jax.Array:
-    return pool.pool(x)
-
-
-def _max_pool_forward(pool: Pool, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return pool.pool(x), pool.winner(x)
-
-
-def _max_pool_backward(pool: Pool, winner: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    return (kernels.max_pool_gradient(pool, *lax.optimization_barrier((winner, dy))),)
-
-
-_max_pool.defvjp(_max_pool_forward, _max_pool_backward)
-
-
-def dropout(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:
-    """Dropout that keeps one bit per value for its backward pass.
-
-    The key alone would be less to keep, but to draw again costs more than to read a bit.
-
-    Args:
-      x: floats of any shape.
-      key: what the mask is drawn from; of the same key `flax.nnx.Dropout` draws the same mask.
-      rate: the fraction that becomes 0, at least 0 and below 1; what is left is divided by
-        ``1 - rate``.
-
-    Example:
-      >>> round(float(jnp.mean(dropout(jnp.ones(10_000), jax.random.key(0), 0.5) == 0)), 1)
-      0.5
-
-    Source: Srivastava et al., "Dropout", 2014.
-    """
-    _check_floats("x", x)
-    _check_rate("rate", rate)
-    return _dropout(1 - rate, x, jax.random.bernoulli(key, 1 - rate, x.shape))
-
-
-def draw_kept(key: jax.Array, rate: float, size: int) -> jax.Array:
-    """Which of ``size`` values dropout keeps, as the bitmap that `batch_norm_relu` takes.
-
-    Other values than `dropout` keeps with this key: these take less time to draw (`dropout_bits`).
-
-    Args:
-      key: what it is drawn from.
-      rate: the fraction that becomes 0, at least 0 and below 1, rounded to a multiple of 2**-16.
-      size: how many values there are.
-    """
-    _check_rate("rate", rate)
-    return kernels.draw_kept(key, rate, size)
-
-
-def _check_rate(name: str, rate: float) -> None:
-    if not 0 <= rate < 1:
-        raise UsageError(f"{name} must be at least 0 and below 1, got {rate}")
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dropout(share: float, x: jax.Array, kept: jax.Array) -> jax.Array:
-    return jnp.where(kept, x / share, jnp.zeros_like(x))
-
-
-def _dropout_forward(share: float, x: jax.Array, kept: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _dropout(share, x, kept), packing.to_bitmap(kept)
-
-
-def _dropout_backward(share: float, bitmap: jax.Array, dy: jax.Array) -> tuple[jax.Array, None]:
-    bitmap, dy = lax.optimization_barrier((bitmap, dy))
-    kept = packing.from_bitmap(bitmap, dy.size).reshape(dy.shape)
-    return _dropout(share, dy, kept), None
-
-
-_dropout.defvjp(_dropout_forward, _dropout_backward)
