@@ -72,13 +72,15 @@ def check(found, kernel, vector, chunk, multiple):
 @pytest.mark.parametrize("vector", VECTORS)
 @pytest.mark.parametrize(("window", "inputs", "outputs", "chunk", "multiple"), CASES)
 def test_the_definition(window, inputs, outputs, chunk, multiple, vector):
+    compiled = jax.jit(kernels.compact, static_argnums=(1, 2, 3))
     for dtype in (jnp.float32, jnp.bfloat16):
         kernel = draw(window, inputs, outputs, dtype=dtype)
-        check(kernels.compact(kernel, vector, chunk, multiple), kernel, vector, chunk, multiple)
+        check(compiled(kernel, vector, chunk, multiple), kernel, vector, chunk, multiple)
 
 
 def test_beyond_the_last_segment_the_definition_has_zeros():
-    values, positions, starts = compact.compact(draw((3, 3), 40, 32, 0.1), 1, 16, 2)
+    compiled = jax.jit(compact.compact, static_argnums=(1, 2, 3))
+    values, positions, starts = map(np.asarray, compiled(draw((3, 3), 40, 32, 0.1), 1, 16, 2))
     for group in range(32):
         assert not values[group, starts[group, -1] :].any()
         assert not positions[group, starts[group, -1] :].any()
