@@ -34,8 +34,7 @@ import jax.numpy as jnp
 from sparse_conv import NETWORKS, Problem, copy_rate, milliseconds, problems, product_rate
 
 from swat_jax import kernels, native, vector_convolution
-from swat_jax.kernels import choice
-from swat_jax.kernels.vector import vector_lists, vector_options
+from swat_jax.kernels.vector import shared_room, vector_lists, vector_options
 from swat_jax.vector_convolution import VECTORS, Cut
 
 HEADER = (
@@ -62,7 +61,7 @@ def shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def takes(problem: Problem, vector: int) -> bool:
     """Whether there is a kernel for it on this device."""
     x, kernel = shapes(problem)
-    room = choice.shared_room()
+    room = shared_room()
     return not vector_convolution.refusal(problem.conv, x, jnp.bfloat16, kernel, vector, room)
 
 
@@ -74,7 +73,7 @@ def name_of(cut: Cut) -> str:
 def cuts(problem: Problem, every: bool) -> list[Cut]:
     """What is timed, the choice first."""
     x, kernel = shapes(problem)
-    room = choice.shared_room()
+    room = shared_room()
     found = [vector_convolution.cut(problem.conv, x, kernel, room)]
     for cut in vector_convolution.cuts(problem.conv, x, kernel, room) if every else ():
         found += [cut] if cut.chunk == 32 else [cut, dataclasses.replace(cut, chunk=cut.chunk // 2)]

@@ -16,7 +16,7 @@ from swat_jax import algorithms, candidates, errors, surgery
 from swat_jax.algorithms import PLAIN, Algorithms
 from swat_jax.candidates import OPS, Candidate, Problem
 from swat_jax.convolution import Convolution
-from swat_jax.functional import swat_conv, swat_linear
+from swat_jax.functional import products, swat_conv, swat_linear
 from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.sparsity import packing
 from tests.fake_algorithms import CALLS, FAKES, add_fakes
@@ -275,4 +275,5 @@ def test_every_candidate_is_whole():
 def test_the_fakes_are_no_part_of_the_package():
     assert not any("fake" in found for found in candidates.CANDIDATES.values())
     assert set(FAKES) == set(OPS)
+    assert products.PLAIN is PLAIN
     assert packing.TILE > 0

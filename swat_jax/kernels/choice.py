@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from swat_jax import native, vector_convolution
+from swat_jax import native
 from swat_jax.errors import UsageError, warn_once
 
 OPS = (
@@ -87,17 +87,13 @@ def has_kernel(op: str, dtype: Any) -> bool:
     return backend() == "cuda" and op not in disabled and dtype in _DTYPES
 
 
-def has_matrix_units() -> bool:
-    """Whether the GPU has the tensor cores that kernels use; another device is not asked."""
-    if jax.default_backend() != "gpu":
-        return True
-    return float(getattr(jax.devices()[0], "compute_capability", "8.0")) >= 8
+def gpu_refusal(op: str, dtype: Any) -> str:
+    """Why the GPU lacks the tensor cores that an op's kernel needs; empty if it has them.
 
-
-def shared_room() -> int:
-    """Bytes of shared memory that a block of the GPU may have; another device is not asked."""
-    if jax.default_backend() != "gpu":
-        return vector_convolution.LARGE_ROOM
-    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
-    kilobytes = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
-    return kilobytes.get(capability, 99) * 1024
+    Empty too where the twin is used, and on other devices.
+    """
+    if not has_kernel(op, dtype) or jax.default_backend() != "gpu":
+        return ""
+    if float(getattr(jax.devices()[0], "compute_capability", "8.0")) >= 8:
+        return ""
+    return "the GPU is older than compute capability 8.0"

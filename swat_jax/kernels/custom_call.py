@@ -31,12 +31,12 @@ def call(
 ) -> list[Any]:
     """The custom call; under `jax.vmap` a leading axis of independent problems."""
     axes = varying_axes(operands)
-    call = jax.ffi.ffi_call(
+    handler = jax.ffi.ffi_call(
         f"swat_jax_{name}",
         tuple(results),
         vmap_method="broadcast_all",
     )
-    outputs = call(*operands, **attributes)
+    outputs = handler(*operands, **attributes)
     # The call loses the information over which mesh axes its results vary.
     if axes:
         outputs = [lax.pcast(value, axes, to="varying") for value in outputs]

@@ -29,14 +29,8 @@ def vector_refusal(
       kernel: shape of its kernel.
       vector: output channels that are kept or dropped together.
     """
-    reason = vector_convolution.refusal(conv, shape, dtype, kernel, vector, choice.shared_room())
-    if (
-        not reason
-        and choice.has_kernel("sparse_conv_vector", dtype)
-        and not choice.has_matrix_units()
-    ):
-        reason = "the GPU is older than compute capability 8.0"
-    return reason
+    reason = vector_convolution.refusal(conv, shape, dtype, kernel, vector, shared_room())
+    return reason or choice.gpu_refusal("sparse_conv_vector", dtype)
 
 
 def vector_cuts(
@@ -49,7 +43,7 @@ def vector_cuts(
       shape: of its input.
       kernel: shape of its kernel.
     """
-    room = choice.shared_room()
+    room = shared_room()
     first = vector_convolution.cut(conv, shape, kernel, room)
     return list(dict.fromkeys((first, *vector_convolution.cuts(conv, shape, kernel, room))))
 
@@ -84,7 +78,7 @@ def sparse_conv_vector_forward(
     """
     if kernel.dtype != x.dtype:
         raise UsageError(f"kernel must be {x.dtype} like x, got {kernel.dtype}")
-    room = choice.shared_room()
+    room = shared_room()
     if reason := vector_refusal(conv, x.shape, x.dtype, kernel.shape, vector):
         raise UsageError(f"there is no product that skips vectors: {reason}")
     output = jax.eval_shape(dataclasses.replace(conv, folds=False), x, kernel)
@@ -138,3 +132,12 @@ def vector_options(
         **{name: np.array(value, np.int64) for name, value in pairs.items()},
         **{name: np.int64(value) for name, value in numbers.items()},
     }
+
+
+def shared_room() -> int:
+    """Bytes of shared memory that a block of the GPU may have; another device is not asked."""
+    if jax.default_backend() != "gpu":
+        return vector_convolution.LARGE_ROOM
+    capability = str(getattr(jax.devices()[0], "compute_capability", "9.0"))
+    kilobytes = {"8.0": 163, "8.7": 163, "9.0": 227, "10.0": 227, "10.3": 227}
+    return kilobytes.get(capability, 99) * 1024

@@ -30,9 +30,7 @@ def weight_gradient_refusal(
       kernel: shape of its kernel.
     """
     reason = sparse_convolution.refusal(conv, shape, dtype, kernel)
-    if not reason and choice.has_kernel("sparse_conv", dtype) and not choice.has_matrix_units():
-        reason = "the GPU is older than compute capability 8.0"
-    return reason
+    return reason or choice.gpu_refusal("sparse_conv", dtype)
 
 
 def sparse_conv_weight_gradient(

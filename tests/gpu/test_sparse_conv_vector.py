@@ -9,14 +9,14 @@ import pytest
 
 from swat_jax import kernels, vector_convolution
 from swat_jax.errors import UsageError
-from swat_jax.kernels import choice
+from swat_jax.kernels.vector import shared_room
 from tests.runs import needs_library
 from tests.test_sparse_convolution import CONVS, convolution
 from tests.test_vector_convolution import by_numpy, draw
 
 pytestmark = needs_library
 PLAIN = convolution()
-ROOM = choice.shared_room()
+ROOM = shared_room()
 
 
 @pytest.fixture(autouse=True)
