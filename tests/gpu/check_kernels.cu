@@ -60,6 +60,8 @@ class Buffer {
   T* get() const { return reinterpret_cast<T*>(memory_ + kZone); }
   void set(const std::vector<T>& from) const {
     check_cuda(cudaMemcpy(get(), from.data(), bytes(), cudaMemcpyHostToDevice), "to the device");
+    // It may return when the values are only staged, and no stream here waits for the default one.
+    check_cuda(cudaDeviceSynchronize(), "to the device");
   }
   std::vector<T> read() const {
     std::vector<T> to(count_);
