@@ -280,3 +280,24 @@ def test_scale_count_is_the_exact_ceiling(size, new_size, data):
         value = scaled.item() if scaled.shape == () else (int(scaled[0]) << 32) + int(scaled[1])
         assert value == expected
         assert scaled.shape == (() if new_size < 2**31 else (2,))
+
+
+@pytest.mark.parametrize(
+    ("size", "new_size"),
+    [(1, 5), (37, 90), (48_000, 48_001), (999_999_937, 999_999_936), (2**30 - 1, 2**33 + 5)],
+)
+def test_scale_count_of_many_counts(size, new_size):
+    ends = np.arange(min(size + 1, 3000))
+    keeps = np.concatenate(
+        [ends, size - ends, np.random.default_rng(0).integers(0, size + 1, 5000)]
+    )
+    found = np.asarray(jax.vmap(compiled_scale(size, new_size))(keeps.astype(np.uint32)))
+    if new_size >= 2**31:
+        found = found[:, 0].astype(np.uint64) * 2**32 + found[:, 1]
+    assert found.tolist() == [-(-keep * new_size // size) for keep in keeps.tolist()]
+
+
+def test_scale_count_has_no_loop():
+    """A GPU launches every turn of a loop, for every layer in every step."""
+    traced = jax.make_jaxpr(lambda keep: top_k.scale_count(keep, 432, 49153))(np.uint32(5))
+    assert not {"while", "scan"} & {equation.primitive.name for equation in traced.eqns}
