@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import marked
-import performance
+import results
 
 from swat_jax import config_file, evaluate, sparse_file
 from swat_jax.errors import UsageError
@@ -110,8 +110,8 @@ def how_trained(network: Network) -> tuple[str, str]:
     """The recipe of a network, and the device and time of its run in docs/results."""
     facts, config = network.facts, network.facts["config"]
     recipe = f"{config['epochs']} epochs of batch {config['batch_size']}, seed {config['seed']}"
-    for path in sorted((performance.RESULTS / facts["dataset"]).glob("*.json")):
-        run = performance.read(f"{facts['dataset']}/{path.stem}")
+    for path in sorted((results.RESULTS / facts["dataset"]).glob("*.json")):
+        run = results.read(f"{facts['dataset']}/{path.stem}")
         if all(run[key] == facts[key] for key in SAME):
             settings = "".join(f", `{setting}`" for setting in run["settings"])
             link = f"[{run['device']}](../docs/results/{facts['dataset']}/{path.name})"
@@ -137,7 +137,7 @@ def table(networks: Sequence[Network]) -> list[str]:
             f"{100 * accuracy_of_run(one):.2f}",
             *(scored["values"], f"{size / 2**20:.1f}", recipe, device),
         )
-        lines.append(performance.line_of(*cells))
+        lines.append(results.line_of(*cells))
     lines += ["", f"{total / 2**20:.1f} MiB in all."]
     if total > MOST_MIB * 2**20:
         raise UsageError(f"pretrained/ holds more than {MOST_MIB} MiB")

@@ -9,16 +9,16 @@ import json
 import sys
 
 import marked
-import performance
+import results
 
-PAGE = performance.ROOT / "docs/sparse_convolutions.md"
+PAGE = results.ROOT / "docs/sparse_convolutions.md"
 BEGIN = "<!-- benchmarks/sparse_conv_page.py writes {} -->\n"
 SPARSITIES = (70, 80, 90)
 
 
 def vectors() -> list[str]:
     """Accuracy by granularity and sparsity, and how far it lies from that of single weights."""
-    files = sorted((performance.RESULTS / "vectors").glob("*.json"))
+    files = sorted((results.RESULTS / "vectors").glob("*.json"))
     runs = {run["method"]: run for run in (json.loads(file.read_text()) for file in files)}
     found = {method: 100 * run["pruned_test_accuracy"] for method, run in runs.items()}
     epochs = {run["config"]["epochs"] for run in runs.values()}
@@ -38,7 +38,7 @@ def vectors() -> list[str]:
         for length in (8, 16, 32):
             here = found[f"vector{length}-{zeros}"]
             cells.append(f"{here:.2f} ({here - single:+.2f})")
-        lines.append(performance.line_of(*cells))
+        lines.append(results.line_of(*cells))
     return lines
 
 

@@ -11,13 +11,14 @@ import pathlib
 import sys
 
 import marked
-import performance
+import results
+import step_tables
 
 from swat_jax import report, report_figures
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- benchmarks/tables.py writes {} -->\n"
-NETWORKS = {name.removeprefix("cifar10_"): told for name, told in performance.NAMES.items()}
+NETWORKS = {name.removeprefix("cifar10_"): told for name, told in results.NAMES.items()}
 
 
 def steps() -> list[str]:
@@ -26,17 +27,15 @@ def steps() -> list[str]:
         "| network, batch | time | exact at every step | peak memory |",
         "|---|---:|---:|---:|",
     ]
-    for (network, batch), found in performance.shares(
-        performance.read("steps_h200")["steps"]
-    ).items():
-        name = f"{performance.NAMES[network]}, {batch}"
-        lines.append(performance.line_of(name, *(f"{share:.2f}" for share in found)))
+    for (network, batch), found in step_tables.shares(results.read("steps_h200")["steps"]).items():
+        name = f"{results.NAMES[network]}, {batch}"
+        lines.append(results.line_of(name, *(f"{share:.2f}" for share in found)))
     return lines
 
 
 def cifar10() -> list[str]:
     """The rows of the paper's table that were run, beside it."""
-    rows, _ = report.read(performance.RESULTS / "cifar10")
+    rows, _ = report.read(results.RESULTS / "cifar10")
     lines = [
         "| network | method | the paper's | here | FLOPs saved |",
         "|---|---|---:|---:|---:|",
@@ -48,7 +47,7 @@ def cifar10() -> list[str]:
                 told = "" if paper is None else f"{paper:.2f}"
                 _, here = report.accuracy(runs)
                 cells = (NETWORKS[network], f"`{method}`", told, here, f"{saved:.0f} %")
-                lines.append(performance.line_of(*cells))
+                lines.append(results.line_of(*cells))
     return lines
 
 

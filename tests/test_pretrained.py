@@ -161,7 +161,7 @@ def test_the_table(script, tmp_path, monkeypatch):
         "device": "1 x GPU",
         "pruned_test_accuracy": 0.92,
     }
-    monkeypatch.setattr(script.performance, "RESULTS", runs)
+    monkeypatch.setattr(script.results, "RESULTS", runs)
     (runs / "cifar10/0.json").write_text(json.dumps(run))
     with pytest.raises(script.UsageError, match="docs/results has no run with its network, "):
         script.table(script.present())
