@@ -30,6 +30,21 @@ LEAST_SPARSITY = 0.9
 # In accuracy: 3 of 10,000 images, a seventh of the standard error of an accuracy of 95 %.
 MOST_LOST = 3e-4
 MOST_MIB = 25
+# What labels mean; a run whose images came from an .npz file knows their numbers only.
+CLASSES = {
+    "cifar10": [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ],
+}
 # Of a run's figures and of a file's facts: what says that they are of the same training.
 SAME = ("network", "method", "seed", "steps", "pruned_test_accuracy")
 
@@ -89,7 +104,8 @@ def take(network: Network, data: str) -> None:
 
     def write(values: str, accuracy: float | None) -> None:
         scored = {"accuracy": accuracy, "before_rounding": exact, "values": values}
-        facts = {**held.facts, "scored": scored}
+        classes = CLASSES[network.facts["dataset"]]
+        facts = {**held.facts, "scored": scored, "class_names": classes}
         sparse_file.write(path, held.arrays, sparse=held.sparse, facts=facts, values=values)
 
     old = [one.path for one in present() if one.name == network.name]

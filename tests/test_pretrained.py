@@ -19,6 +19,7 @@ needs_files = pytest.mark.skipif(
 # How many of the first 32 test images of CIFAR-10 (tests/cifar10_images.npz) a file gets right.
 RIGHT = {
     "cifar10_resnet18_u90": 32,
+    "cifar10_vgg16_m95": 32,
     "cifar10_wrn16_8_u90": 32,
 }
 
@@ -59,8 +60,9 @@ def test_a_file_scores_on_a_handful_of_images(name):
 
 @needs_files
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_is_as_sparse_as_it_says(name):
+def test_a_file_is_what_it_says(name, load):
     held = sparse_file.read(FILES[name])
+    assert held.facts["class_names"] == load("pretrained").CLASSES[held.facts["dataset"]]
     kernels = [array for name, array in held.arrays.items() if name.endswith("/kernel")]
     zeros = sum(np.count_nonzero(kernel == 0) for kernel in kernels)
     assert zeros / sum(kernel.size for kernel in kernels) == held.facts["weight_sparsity"]
@@ -144,6 +146,7 @@ def test_values_are_rounded_where_it_costs_nothing(
         "values": values,
     }
     assert found.arrays["params/kernel"][1] == held
+    assert found.facts["class_names"][:2] == ["airplane", "automobile"]
 
 
 def test_the_table(script, tmp_path, monkeypatch):
