@@ -98,13 +98,13 @@ def score(path: pathlib.Path, facts: dict[str, Any], data: str) -> float:
 
 def take(network: Network, data: str) -> None:
     """Writes a network to the folder in place of its predecessor, in bfloat16 if as good so."""
+    classes = CLASSES[network.facts["dataset"]]
     exact = score(network.path, network.facts, data)
     held = sparse_file.read(network.path)
     path = FOLDER / f"{network.name}_{network.facts['method']}.safetensors"
 
     def write(values: str, accuracy: float | None) -> None:
         scored = {"accuracy": accuracy, "before_rounding": exact, "values": values}
-        classes = CLASSES[network.facts["dataset"]]
         facts = {**held.facts, "scored": scored, "class_names": classes}
         sparse_file.write(path, held.arrays, sparse=held.sparse, facts=facts, values=values)
 

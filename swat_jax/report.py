@@ -17,6 +17,7 @@ from __future__ import annotations
 import collections
 import json
 import math
+import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -117,17 +118,25 @@ def verdict(mean: float, paper: float) -> str:
     return "" if round(mean - paper, 2) >= -TOLERANCE else " (missed)"
 
 
-def others_table(others: Sequence[Run]) -> list[str]:
+def others_table(rows: Runs, others: Sequence[Run]) -> list[str]:
     """Runs with other settings than their row's, those by the improved recipe among them."""
-    lines = [line(("network", "method", "what differs", "top-1")), "|---" * 4 + "|"]
-    groups: dict[tuple[str, ...], list[Run]] = collections.defaultdict(list)
+    lines = [line(("network", "method", "what differs", "top-1", "the row's")), "|---" * 5 + "|"]
+    groups: dict[tuple[str, str, str], list[Run]] = collections.defaultdict(list)
     for run in others:
         settings = ", ".join(f"`{setting}`" for setting in run["settings"])
         groups[run["network"], run["method"], settings].append(run)
-    for key, runs in sorted(groups.items()):
-        _, here = accuracy(runs)
-        lines.append(line((*key, here)))
+    for key, runs in sorted(groups.items(), key=lambda group: natural(group[0])):
+        row = rows.get(key[:2], ())
+        lines.append(line((*key, accuracy(runs)[1], accuracy(row)[1] if row else "")))
     return lines
+
+
+def natural(texts: Sequence[str]) -> list[list[str | int]]:
+    """A key that sorts the numbers in texts as numbers."""
+    return [
+        [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", text)]
+        for text in texts
+    ]
 
 
 def line(cells: Sequence[str]) -> str:
@@ -186,7 +195,7 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
         "compare with: the published list repeats CIFAR-10's there.",
     ]
     if others:
-        lines += ["", "## With other settings", "", *others_table(others)]
+        lines += ["", "## With other settings", "", *others_table(rows, others)]
     for title, file in pictures.items():
         lines += ["", f"## {title}", "", f"![{title}]({file})"]
     return "\n".join([*lines, ""])

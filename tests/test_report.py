@@ -98,11 +98,20 @@ def test_the_same_figures_make_the_same_files_and_a_check_says_so(results, tmp_p
 
 
 def test_other_settings_are_no_row(results, tmp_path):
-    other = run(label="every", settings=["sparsity.threshold_every_steps=1"], accuracy=0.95)
-    report.write(results(run(), other), tmp_path / "page.md")
+    others = [
+        run(label=f"period{period}", settings=[f"period={period}"], accuracy=accuracy)
+        for period, accuracy in ((100, 0.94), (2, 0.93), (10, 0.95))
+    ]
+    missing = run("u80", label="other", settings=["label_smoothing=0.1"], accuracy=0.91)
+    report.write(results(run(), *others, missing), tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert row_of(page, "vgg16", "u90")[3] == "92.00"
-    assert "| vgg16 | u90 | `sparsity.threshold_every_steps=1` | 95.00 |" in page
+    assert page.split("## With other settings")[1].split("##")[0].strip().splitlines()[2:] == [
+        "| vgg16 | u80 | `label_smoothing=0.1` | 91.00 |  |",
+        "| vgg16 | u90 | `period=2` | 93.00 | 92.00 |",
+        "| vgg16 | u90 | `period=10` | 95.00 | 92.00 |",
+        "| vgg16 | u90 | `period=100` | 94.00 | 92.00 |",
+    ]
 
 
 def test_the_improved_recipe_has_a_column(results, tmp_path):

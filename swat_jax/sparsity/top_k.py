@@ -193,15 +193,16 @@ def scale_count(keep: Count, size: int, new_size: int) -> Count:
     return jnp.stack([high + (total < low), total])
 
 
-# So much of a float quotient that it is never too large for its three roundings of 2**-24.
+# A float quotient is made so much smaller that its roundings, at most four of 2**-24, cannot make
+# it too large.
 _SLIGHTLY_LESS = 1 - 2**-21
 
 
 def _scaled_up(value: jax.Array, factor: int, divisor: int) -> jax.Array:
     """``ceil(value * factor / divisor)`` for ``value <= divisor`` and ``factor < divisor < 2**30``.
 
-    Without a loop, of which a GPU would launch every turn: a quotient of floats falls short by less
-    than 1,000, that of what is left after it by at most one, and what is left is counted exactly.
+    Without a loop, every turn of which would be launched on a GPU: a quotient of floats falls short
+    by less than 1,000, that of what is left after it by at most one, and the rest is exact.
     """
     first = (value.astype(jnp.float32) * (factor / divisor * _SLIGHTLY_LESS)).astype(jnp.uint32)
     high, low = wide_product(value, factor)

@@ -45,7 +45,8 @@ void check_cuda(cudaError_t code, const char* what) {
   std::exit(1);
 }
 
-// Device memory between two red zones.
+// Device memory between two red zones. Copies and memsets may return early, and no stream here waits
+// for the default one.
 template <typename T>
 class Buffer {
  public:
@@ -53,6 +54,7 @@ class Buffer {
     check_cuda(cudaMalloc(&memory_, bytes() + 2 * kZone), "cudaMalloc");
     check_cuda(cudaMemset(memory_, kRed, kZone), "cudaMemset");
     check_cuda(cudaMemset(memory_ + kZone + bytes(), kRed, kZone), "cudaMemset");
+    check_cuda(cudaDeviceSynchronize(), "red zones");
   }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -60,7 +62,6 @@ class Buffer {
   T* get() const { return reinterpret_cast<T*>(memory_ + kZone); }
   void set(const std::vector<T>& from) const {
     check_cuda(cudaMemcpy(get(), from.data(), bytes(), cudaMemcpyHostToDevice), "to the device");
-    // It may return when the values are only staged, and no stream here waits for the default one.
     check_cuda(cudaDeviceSynchronize(), "to the device");
   }
   std::vector<T> read() const {
