@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import steps
 
@@ -25,22 +25,39 @@ PAIRS = (
 MOST = 1.05
 
 
+class Pair(NamedTuple):
+    """The user's network beside ours, trained by the same method."""
+
+    users: dict[str, Any]
+    ours: dict[str, Any]
+
+    def ratio(self, key: str) -> float:
+        """What the user's takes of ours."""
+        return self.users[key] / max(self.ours[key], 1e-9)
+
+    @property
+    def is_within(self) -> bool:
+        return max(self.ratio("ms"), self.ratio("peak_mib")) <= MOST
+
+
+def pairs(rows: list[dict[str, Any]]) -> list[Pair]:
+    """The pairs of which both were measured."""
+    by_method = {one["method"]: one for one in rows if "error" not in one}
+    return [
+        Pair(by_method[users], by_method[ours])
+        for ours, users in PAIRS
+        if ours in by_method and users in by_method
+    ]
+
+
 def compared(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each pair of which both were measured."""
-    by_method = {one["method"]: one for one in rows if "error" not in one}
-    lines = []
-    for ours, users in PAIRS:
-        if ours not in by_method or users not in by_method:
-            continue
-        time, memory = (
-            by_method[users][key] / max(by_method[ours][key], 1e-9) for key in ("ms", "peak_mib")
-        )
-        within = "within" if max(time, memory) <= MOST else "NOT within"
-        lines.append(
-            f"{users}: {time:.3f} of the time and {memory:.3f} of the memory of {ours}, "
-            f"{within} {MOST}"
-        )
-    return lines
+    return [
+        f"{pair.users['method']}: {pair.ratio('ms'):.3f} of the time and "
+        f"{pair.ratio('peak_mib'):.3f} of the memory of {pair.ours['method']}, "
+        f"{'within' if pair.is_within else 'NOT within'} {MOST}"
+        for pair in pairs(rows)
+    ]
 
 
 def main() -> None:

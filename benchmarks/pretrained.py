@@ -23,8 +23,7 @@ import results
 from swat_jax import config_file, evaluate, sparse_file
 from swat_jax.errors import UsageError
 
-ROOT = pathlib.Path(__file__).parents[1]
-FOLDER = ROOT / "pretrained"
+FOLDER = results.ROOT / "pretrained"
 BEGIN = "<!-- benchmarks/pretrained.py writes from here -->\n"
 LEAST_SPARSITY = 0.9
 # In accuracy: 3 of 10,000 images, a seventh of the standard error of an accuracy of 95 %.
@@ -86,7 +85,7 @@ def accuracy_of_run(network: Network) -> float:
 
 def score(path: pathlib.Path, facts: dict[str, Any], data: str) -> float:
     """Accuracy on all test images, in float32."""
-    file = ROOT / "configs" / f"{facts['dataset']}_{facts['network']}.py"
+    file = results.ROOT / "configs" / f"{facts['dataset']}_{facts['network']}.py"
     config: Any = config_file.load(f"{file}:{facts['method']}")
     config.precision = "float32"
     config.devices = 1

@@ -208,7 +208,6 @@ def kept_section(found: dict[str, Any]) -> str:
 
 def own_model_section(found: dict[str, Any]) -> str:
     """A user's own network beside ours."""
-    by_method = {row["method"]: row for row in found["steps"]}
     lines = [
         "### A network of one's own",
         "",
@@ -224,13 +223,9 @@ def own_model_section(found: dict[str, Any]) -> str:
         ),
         "|---|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for ours, users in own_model.PAIRS:
-        pair = by_method[users], by_method[ours]
-        period = pair[0]["threshold_every_steps"]
-        cells: list[str] = []
-        ratios = [pair[0][key] / pair[1][key] for key in ("ms", "peak_mib")]
-        for key, digits, ratio in zip(("ms", "peak_mib"), (2, 0), ratios, strict=True):
-            cells += [f"{one[key]:.{digits}f}" for one in pair] + [f"{ratio:.3f}"]
-        met = round(max(ratios), 3) <= own_model.MOST
-        lines.append(line_of(ours, period, *cells, verdict(met)))
+    for pair in own_model.pairs(found["steps"]):
+        cells = [pair.ours["method"], pair.ours["threshold_every_steps"]]
+        for key, digits in (("ms", 2), ("peak_mib", 0)):
+            cells += [f"{one[key]:.{digits}f}" for one in pair] + [f"{pair.ratio(key):.3f}"]
+        lines.append(line_of(*cells, verdict(pair.is_within)))
     return "\n".join(lines)
