@@ -263,6 +263,7 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "label": row.label,
         "settings": options.set,
         "gpu_seconds": gpu_seconds(options.runs, row),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **{key: value for key, value in result.items() if key not in NOT_KEPT},
         "epochs": by_epoch(lines),
         "config": config,

@@ -144,6 +144,15 @@ def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def flagged(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """XLA's flags that runs were given, each with the rows that had them."""
+    rows: dict[str, dict[str, None]] = {}
+    for run in runs:
+        if flags := run.get("xla_flags", ""):
+            rows.setdefault(flags, {})[f"{run['network']} {run['method']}"] = None
+    return [(flags, list(names)) for flags, names in sorted(rows.items())]
+
+
 def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
     """The page in Markdown.
 
@@ -167,6 +176,7 @@ def page(rows: Runs, others: Sequence[Run], pictures: Mapping[str, str]) -> str:
         "SWAT-M, where budgets move, as measured. GPU seconds are all the time that a run took,",
         "from its start to its end; of a GPU that several ran on at once, each has an equal part.",
         *(f"Files say of themselves: {note}." for note in notes),
+        *(f"With `XLA_FLAGS={flags}`: {', '.join(names)}." for flags, names in flagged(every)),
     ]
     if every:
         devices = sorted({run["device"] for run in every})

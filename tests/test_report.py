@@ -57,7 +57,7 @@ def test_every_row_of_the_table_is_there_run_or_not(results, tmp_path):
             run(),
             run(seed=1, accuracy=0.93),
             run("erk95", accuracy=0.9199),
-            run("dense"),
+            run("dense", xla_flags="--some --flags"),
             run("m95", gpu_seconds=None, config=MOMENTUM, dropped_activations=None),
         ),
         tmp_path / "page.md",
@@ -70,6 +70,7 @@ def test_every_row_of_the_table_is_there_run_or_not(results, tmp_path):
     assert row_of(page, "vgg16", "m95")[8:] == ["91.2 %", "", "1"]
     assert row_of(page, "vgg16", "erk95")[3:5] == ["91.99", "-0.51 (missed)"]
     assert row_of(page, "vgg16", "dense")[2:5] == ["", "92.00", ""]
+    assert "With `XLA_FLAGS=--some --flags`: vgg16 dense.\n" in page
     for network, methods in report.PAPER.items():
         for method in methods:
             if network != "vgg16":

@@ -3,6 +3,7 @@
 import argparse
 import fcntl
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def test_a_row_is_cut_off_moved_and_finished(tmp_path, images, load):
     assert (found["network"], found["method"], found["seed"]) == ("resnet8", "u90", 3)
     assert (found["steps"], len(found["epochs"])) == (12, 3)
     assert found["config"]["data"]["data_dir"] == "cifar10.npz"
+    assert found["xla_flags"] == os.environ.get("XLA_FLAGS", "")
     assert 0 <= found["pruned_test_accuracy"] <= 1
 
     again = reproduce(there, *rows, "--pack", parts)
