@@ -249,6 +249,16 @@ def test_layers_that_may_differ_in_time_have_different_names():
     assert names(PROBLEM, conv=same) == names(PROBLEM, conv=explicit)
 
 
+def test_float32_without_tensorfloat_is_timed_apart():
+    half = np.dtype(jnp.bfloat16)
+    with jax.default_matmul_precision("highest"):
+        assert "precision highest" in names(PROBLEM)
+        assert "precision" not in names(PROBLEM, dtype=half)  # there is but one way
+        given = dataclasses.replace(PROBLEM.conv, precision=jax.lax.Precision.DEFAULT)
+        assert "precision highest" not in names(PROBLEM, conv=given)
+    assert "precision" not in names(PROBLEM)
+
+
 def run(capsys, *flags):
     config = ["--config=configs/digits.py:u90", "--config.batch_size=8", "--config.devices=1"]
     code = tune.main([*config, *flags])
