@@ -19,6 +19,7 @@ needs_files = pytest.mark.skipif(
 )
 # How many of the first 32 test images of CIFAR-10 (tests/cifar10_images.npz) a file gets right.
 RIGHT = {
+    "cifar10_densenet121_u90": 31,
     "cifar10_resnet18_u90": 32,
     "cifar10_vgg16_m95": 32,
     "cifar10_wrn16_8_u90": 32,
