@@ -29,8 +29,8 @@ GATHERED_TILES = ((64, 64), (128, 128), (128, 256), (256, 128))
 _PIXELS, _TWO_GROUPS, _MOST_RUN = 32, 2**14, 512
 # Blocks that a large GPU holds at once; of those with few sums that do not gather, twice as many.
 _BLOCKS, _FEW_SUMS = 132, 2**12
-# What `cuts` tries: one, two and four blocks for every multiprocessor of a large GPU.
-_TRIED_BLOCKS = (132, 264, 528)
+# What `cuts` tries: one and two blocks for every multiprocessor of a large GPU.
+_TRIED_BLOCKS = (132, 264)
 # Chunks of pixels that a block takes at least, so that it is worth its start.
 _LEAST_CHUNKS = 8
 
@@ -174,6 +174,8 @@ def cuts(
     others = [
         cut(conv, shape, dy, window, tile, blocks)
         for tile in tiles(first.gathers)
+        # A tile that is twice as large as what there is does twice the work.
+        if all(a < 2 * b for a, b in zip(tile, (shape[-1], dy[-1]), strict=True))
         for blocks in _TRIED_BLOCKS
     ]
     return list(dict.fromkeys((first, *others)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -162,7 +162,11 @@ def _what_is_wrong(found: jax.Array, expected: jax.Array, dtype: Any, most: floa
 
 
 def run(
-    problem: Problem, weight_sparsity: float, activation_sparsity: float, idle: float
+    problem: Problem,
+    weight_sparsity: float,
+    activation_sparsity: float,
+    idle: float,
+    ops: Sequence[str] = OPS,
 ) -> dict[str, Times]:
     """Checks and times all algorithms for a layer.
 
@@ -171,12 +175,13 @@ def run(
       weight_sparsity: fraction of zeros in its weights.
       activation_sparsity: fraction of zeros in its saved input.
       idle: milliseconds of a turn without work, ``milliseconds(None)``.
+      ops: those of `OPS` that are timed.
 
     Returns:
-      The times of each op. A candidate that fails, whatever the reason, is in `Times.wrong`.
+      The times of each of them. A candidate that fails, whatever the reason, is in `Times.wrong`.
     """
     operands = draw(problem, weight_sparsity, activation_sparsity)
-    return {op: _run(op, problem, operands, idle) for op in OPS}
+    return {op: _run(op, problem, operands, idle) for op in ops}
 
 
 def _run(op: str, problem: Problem, operands: Operands, idle: float) -> Times:

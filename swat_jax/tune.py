@@ -9,6 +9,7 @@ Examples:
   --config FILE[:METHOD]   METHOD: u90, erk95, channel70, vector16-80, ...
   --config.KEY=VALUE       a value of the config: --config.batch_size=512
   --layers PATTERN         these only: a path as stage1/0/conv1, with * and **
+  --ops OP ...             these only: forward, input_gradient, weight_gradient
   --output FILE            the table; default: this device's in ~/.cache
 """
 
@@ -46,15 +47,22 @@ from swat_jax.errors import UsageError
 from swat_jax.timing import milliseconds
 
 
-def tune(config: Any, output: Path | None = None, layers: str | None = None) -> dict[str, Any]:
+def tune(
+    config: Any,
+    output: Path | None = None,
+    layers: str | None = None,
+    ops: Sequence[str] = OPS,
+) -> dict[str, Any]:
     """Times the layers of a config's network and writes what was found into a table.
 
-    What the table holds of other layers stays. It is written after every layer.
+    What the table holds of other layers and ops stays. It is written after every layer.
 
     Args:
       config: with the keys of `swat_jax.recipe.base`.
       output: the table; None: `algorithm_table.path_of` the device.
       layers: pattern of paths; None: all.
+      ops: those of `swat_jax.candidates.OPS` that are timed; where the table has nothing of the
+        others they are plain.
 
     Returns:
       ``table``, its path; ``layers``, what was timed, by name; ``paths``, the layers of each name;
@@ -86,12 +94,15 @@ def tune(config: Any, output: Path | None = None, layers: str | None = None) -> 
     timed: dict[str, Mapping[str, Times]] = {}
     for name, (paths, layer, problem) in found.items():
         start = time.monotonic()
-        timed[name] = trial.run(problem, layer.weight_sparsity, layer.activation_sparsity, idle)
-        table = table.with_layers({name: timed[name]})
+        timed[name] = trial.run(
+            problem, layer.weight_sparsity, layer.activation_sparsity, idle, ops
+        )
+        untimed = {op: Times(PLAIN[op], {}) for op in OPS}
+        table = table.with_layers({name: {**untimed, **table.layers.get(name, {}), **timed[name]}})
         algorithm_table.write(path, table)
         print(f"{' '.join(paths)}: {name}", *_lines(timed[name]), sep="\n")
         print(f"  {time.monotonic() - start:.0f} s, {len(timed)} of {len(found)}", flush=True)
-    every = [(name, op, ops[op]) for name, ops in timed.items() for op in OPS]
+    every = [(name, op, of[op]) for name, of in timed.items() for op in of]
     return {
         "table": str(path),
         "device": device,
@@ -100,8 +111,8 @@ def tune(config: Any, output: Path | None = None, layers: str | None = None) -> 
         "margin": trial.MARGIN,
         "paths": {name: paths for name, (paths, _, _) in found.items()},
         "layers": {
-            name: {op: dataclasses.asdict(times) for op, times in ops.items()}
-            for name, ops in timed.items()
+            name: {op: dataclasses.asdict(times) for op, times in of.items()}
+            for name, of in timed.items()
         },
         "chosen": sum(times.chosen != PLAIN[op] for _, op, times in every),
         "wrong": {
@@ -166,12 +177,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = config_file.Parser(__doc__)
     parser.add_argument("--layers")
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--output", type=Path)
     return command_line.run(parser, _tune, argv)
 
 
 def _tune(options: Any) -> command_line.Answer:
-    found = tune(config_file.require(options.config), options.output, options.layers)
+    found = tune(config_file.require(options.config), options.output, options.layers, options.ops)
     wrong = found["wrong"]
     told = (
         f"{found['table']}: {found['chosen']} ops of {len(found['layers'])} layers are faster than "

@@ -265,6 +265,24 @@ def run(capsys, *flags):
     return code, *capsys.readouterr()
 
 
+def test_ops_that_are_not_asked_for_stay_as_they_were(clock, cache, capsys, monkeypatch):
+    fake_algorithms.add_fakes(monkeypatch)
+    clock |= {"fake:fast": 0.5}
+    path = cache / "table.json"
+    run(capsys, "--output", str(path), "--layers", "classifier", "--ops", "forward")
+    ((name, ops),) = algorithm_table.read(path).layers.items()
+    assert ops["forward"].chosen == "fake:fast"
+    for op in ("input_gradient", "weight_gradient"):
+        assert ops[op] == Times(PLAIN[op], {})
+    flags = ["--json", "--output", str(path), "--layers", "classifier", "--ops", "weight_gradient"]
+    code, output, _ = run(capsys, *flags)
+    assert code == 0
+    assert list(json.loads(output)["layers"][name]) == ["weight_gradient"]
+    after = algorithm_table.read(path).layers[name]
+    assert after["forward"] == ops["forward"]
+    assert after["weight_gradient"].milliseconds
+
+
 def test_the_program_writes_a_table_and_tells_what_it_found(clock, cache, capsys, monkeypatch):
     fake_algorithms.add_fakes(monkeypatch)
     clock |= {"fake:fast": 0.5}
