@@ -194,6 +194,7 @@ def make(
         mean=(0.5,) * 3, std=(0.25,) * 3, class_names=tuple(map(str, range(classes))),
     )  # fmt: skip
     trainer, make_state = step.make_trainer(config, info, step.make_mesh(1))
+    trainer, _ = step.choose_algorithms(trainer)
     train_step: Any = trainer.train_step
     shape = (batch, size, size, 3)
     if only_compile:

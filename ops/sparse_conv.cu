@@ -1,5 +1,6 @@
 // The weight gradient of a convolution from packed activations: `weight_gradient` in
-// swat_jax/sparse_convolution.py. What a block does stands in sparse_conv.cuh.
+// swat_jax/sparse_convolution.py. What a block does stands in sparse_conv.cuh; for pixels that follow one
+// another Hopper has a kernel of its own, in sparse_conv_hopper.cu.
 
 #include "sparse_conv.cuh"
 
@@ -7,6 +8,7 @@
 #include <limits>
 
 #include "packing.cuh"
+#include "launch_on_hopper.cuh"
 
 namespace swat {
 namespace {
@@ -182,8 +184,7 @@ __global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at
     weight_gradient_kernel(const __grid_constant__ conv::Problem problem, const float* least) {
 #if __CUDA_ARCH__ >= 800
 #ifdef SWAT_MOVES_REGISTERS
-  constexpr bool kIsCompiled =
-      Producers == (blocks_at_once(M * N, kGathers) == 1 ? kMoving : kStaying);
+  constexpr bool kIsCompiled = Producers == (kGathers ? kMoving : kStaying);
 #else
   constexpr bool kIsCompiled = Producers == kStaying;
 #endif
@@ -198,12 +199,13 @@ __global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at
 
 // Adds up the parts of all splits, always in the same order: every warp a run of them, then the warps.
 // A block makes 128 sums.
-__global__ void __launch_bounds__(kThreads)
+constexpr int kAddWarps = 16;
+__global__ void __launch_bounds__(32 * kAddWarps)
     add_splits_kernel(const float* partial, uint32_t splits, int64_t count, float* to) {
-  __shared__ float4 shared[kWarps][32];
+  __shared__ float4 shared[kAddWarps][32];
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t i = (static_cast<int64_t>(blockIdx.x) * 32 + lane) * 4;
-  const uint32_t begin = splits * warp / kWarps, end = splits * (warp + 1) / kWarps;
+  const uint32_t begin = splits * warp / kAddWarps, end = splits * (warp + 1) / kAddWarps;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
   const auto add = [&](const float4& more) {
     sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
@@ -217,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
   shared[warp][lane] = sum;
   __syncthreads();
   if (warp != 0 || i >= count) return;
-  for (int w = 1; w < kWarps; ++w) add(shared[w][lane]);
+  for (int w = 1; w < kAddWarps; ++w) add(shared[w][lane]);
   *reinterpret_cast<float4*>(to + i) = sum;
 }
 
@@ -250,7 +252,7 @@ cudaError_t launch_producers(cudaStream_t stream, conv::Problem problem, const f
 
 template <typename T, int M, int N, bool kGathers>
 cudaError_t launch_tiles(cudaStream_t stream, const conv::Problem& problem, const float* least) {
-  if constexpr (blocks_at_once(M * N, kGathers) == 1) {
+  if constexpr (kGathers) {
     cudaFuncAttributes found;
     const cudaError_t code =
         cudaFuncGetAttributes(&found, weight_gradient_kernel<T, kMoving, M, N, kGathers>);
@@ -375,17 +377,22 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
     problem.splits = static_cast<uint32_t>(splits);
     const float* const limit = static_cast<const float*>(least.untyped_data()) + b;
     bool found = false;
+    if (!gathers) {
+      SWAT_RETURN_IF_ERROR(cuda_error(
+          kOp, launch_on_hopper(stream, problem, type == ffi::F16, limit, tile[0], tile[1], found)));
+    }
     const auto run = [&](auto example) {
       return launch_weight_gradient<decltype(example)>(stream, problem, limit, tile[0], tile[1],
                                                        gathers, found);
     };
-    const cudaError_t code = type == ffi::BF16 ? run(__nv_bfloat16{}) : run(__half{});
+    if (!found) {
+      SWAT_RETURN_IF_ERROR(cuda_error(kOp, type == ffi::BF16 ? run(__nv_bfloat16{}) : run(__half{})));
+    }
     if (!found) {
       return invalid(std::string(kOp) + ": there is no tile of " + std::to_string(tile[0]) + " x " +
                      std::to_string(tile[1]) + " channels");
     }
-    SWAT_RETURN_IF_ERROR(cuda_error(kOp, code));
-    add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), kThreads, 0, stream>>>(
+    add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), 32 * kAddWarps, 0, stream>>>(
         problem.partial, problem.splits, sums, static_cast<float*>(dw->untyped_data()) + b * sums);
     SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
   }

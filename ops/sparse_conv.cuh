@@ -16,24 +16,6 @@
 // does: tests/emulate_sparse_conv.cpp runs these very lines on a CPU. Values are bit patterns of 16
 // bits.
 
-// The weight gradient of a convolution from packed activations: what one block of threads does.
-//
-// dW[tap, i, o] = sum over output pixels q of x[pixel of q under tap, i] * dY[q, o], which is a matrix
-// product over pixels. A block makes a tile of M input and N output channels of one tap, over a range
-// of chunks of 32 pixels; `sparse_conv.cu` adds up what the blocks of all ranges made.
-//
-// A chunk passes through three stations, each one turn of the loop before the next:
-//   1. a table of words of the bitmap, each with how many values are kept before it;
-//   2. every thread finds its piece there, M / 8 channels of one pixel, and requests the kept values,
-//      which follow one another in memory;
-//   3. they are put into a tile of zeros in shared memory, and tensor cores multiply it with dY's,
-//      which was copied there meanwhile.
-// So a turn has one barrier, and no load is waited for in the turn that requested it.
-//
-// Nothing here knows of CUDA but through `Gpu`, what threads do together and what only the hardware
-// does: tests/emulate_sparse_conv.cpp runs these very lines on a CPU. Values are bit patterns of 16
-// bits.
-
 #pragma once
 
 #include <cstdint>

@@ -174,11 +174,24 @@ def cuts(
     others = [
         cut(conv, shape, dy, window, tile, blocks)
         for tile in tiles(first.gathers)
-        # A tile that is twice as large as what there is does twice the work.
-        if all(a < 2 * b for a, b in zip(tile, (shape[-1], dy[-1]), strict=True))
+        if _is_worth_a_try(tile, shape[-1], dy[-1], first.tile)
         for blocks in _TRIED_BLOCKS
     ]
     return list(dict.fromkeys((first, *others)))
+
+
+def _is_worth_a_try(
+    tile: tuple[int, int], channels: int, outputs: int, chosen: tuple[int, int]
+) -> bool:
+    """Not a tile that is half empty, nor one that unpacks or reads more than twice as often."""
+    sizes = channels, outputs
+    if any(side >= 2 * size for side, size in zip(tile, sizes, strict=True)):
+        return False
+    parts, least = (
+        math.prod(-(-size // side) for side, size in zip(one, sizes, strict=True))
+        for one in (tile, chosen)
+    )
+    return parts <= 2 * least
 
 
 def groups(tile: tuple[int, int]) -> int:

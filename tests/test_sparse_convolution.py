@@ -272,6 +272,24 @@ def test_cuts_cover_everything_with_blocks_for_a_large_gpu(window, channels):
             assert cut.gathers == (window != (1, 1) or inputs > 512)
 
 
+@pytest.mark.parametrize(
+    ("channels", "expected"),
+    [
+        ((64, 256), {"64x256/132", "64x256/264"}),
+        ((256, 64), {"256x64/132", "256x64/264"}),
+        ((64, 64), {"64x64/132", "64x64/264"}),
+        # Not 64x64, whose blocks would unpack each value eight times.
+        ((128, 512), {"128x256/66", "128x256/132", "64x256/33", "64x256/66", "128x128/33",
+                      "128x128/66"}),
+    ],
+)  # fmt: skip
+def test_cuts_that_are_worth_a_try(channels, expected):
+    shape, dy = (256, 56, 56, channels[0]), (256, 56, 56, channels[1])
+    found = sparse_convolution.cuts(convolution(), shape, dy, ONES)
+    assert {one.name for one in found} == expected
+    assert found[0] == sparse_convolution.cut(convolution(), shape, dy, ONES)
+
+
 # What is missing or wrong in one line of the kernel, and has to be found.
 FAULTS = {
     "nothing": ("", ""),
@@ -291,18 +309,38 @@ FAULTS = {
 }  # fmt: skip
 
 
+HOPPER_FAULTS = {
+    "nothing": ("", ""),
+    "a tile of x that is still read": ("      wait_for_stage();\n", ""),
+    "a tile of x of the turn before": ("(stage.turn - 1) & 1", "stage.turn & 1"),
+    "more chunks at once than there are tiles": (
+        "min(C::kUnpackers, units_of_chunk * problem.x_stages)", "C::kUnpackers"
+    ),
+    "copied values that are not waited for": ("copies_wait<2>()", "copies_wait<3>()"),
+    "dY that is not waited for": ("    barrier_wait(y_full + 8 * y.at, y.turn & 1);\n", ""),
+    "products that are not waited for": ("wgmma_wait<1>()", "wgmma_wait<2>()"),
+    "another pattern of x": ("pixel % 8 * 16", "pixel % 4 * 16"),
+    "another order of operands": ("kStride = 1024", "kStride = 512"),
+    "values before their rank": ("ranks[w] + counts[w]) - 2", "ranks[w]) - 2"),
+    "values beyond the last": ("s < left[w] && rank < problem.capacity", "s < left[w]"),
+}  # fmt: skip
+KERNELS = {"sparse_conv": FAULTS, "sparse_conv_hopper": HOPPER_FAULTS}
+
+
 @pytest.mark.newest
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_a_block_does_emulated_thread_by_thread(fault, tmp_path):
-    """The source of the CUDA kernel, compiled for the CPU."""
-    source = (ROOT / "ops/sparse_conv.cuh").read_text()
-    right, wrong = FAULTS[fault]
+@pytest.mark.parametrize(
+    ("kernel", "fault"), [(kernel, fault) for kernel, faults in KERNELS.items() for fault in faults]
+)
+def test_what_a_block_does_emulated_thread_by_thread(kernel, fault, tmp_path):
+    """The source of the CUDA kernels, compiled for the CPU."""
+    source = (ROOT / f"ops/{kernel}.cuh").read_text()
+    right, wrong = KERNELS[kernel][fault]
     assert right in source
-    (tmp_path / "sparse_conv.cuh").write_text(source.replace(right, wrong, 1) if right else source)
+    (tmp_path / f"{kernel}.cuh").write_text(source.replace(right, wrong, 1) if right else source)
     program = tmp_path / "emulate"
-    command = ["g++", "-std=c++17", "-O0", "-I", str(tmp_path)]
-    command += [str(ROOT / "tests/emulate_sparse_conv.cpp"), "-o", str(program)]
+    command = ["g++", "-std=c++17", "-O1", "-I", str(tmp_path), "-I", str(ROOT / "ops")]
+    command += [str(ROOT / f"tests/emulate_{kernel}.cpp"), "-o", str(program)]
     subprocess.run(command, check=True)
     result = subprocess.run([program], capture_output=True, text=True, check=False)
     assert (result.returncode == 0) == (fault == "nothing"), result.stdout

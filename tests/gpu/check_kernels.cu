@@ -24,6 +24,7 @@
 #include "pack.cu"
 #include "sparse_conv.cu"
 #include "sparse_conv_direct.cu"
+#include "sparse_conv_hopper.cu"
 #include "sparse_conv_vector.cu"
 #include "thresholds.cu"
 

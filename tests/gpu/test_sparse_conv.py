@@ -66,6 +66,8 @@ def test_sums_are_exact(tile, share, dtype):
         (2049, 384, 128),
         (40_000, 256, 128),
         (50_000, 64, 72),
+        (3001, 96, 128),
+        (2000, 320, 256),
     ]
     for pixels, channels, outputs in sizes:
         packed, dy, expected = whole_numbers(pixels, channels, outputs, share, dtype)
@@ -122,8 +124,9 @@ def test_nan_is_kept_and_stays_in_its_channel():
     assert found.sum() == 63 * 63
 
 
-def test_under_vmap():
-    parts = [whole_numbers(300, 72, 40, share, jnp.bfloat16, seed=i) for i, share in
+@pytest.mark.parametrize("channels", [(72, 40), (64, 128), (512, 64)])
+def test_under_vmap(channels):
+    parts = [whole_numbers(300, *channels, share, jnp.bfloat16, seed=i) for i, share in
              enumerate((0.1, 0.4, 0.0))]  # fmt: skip
     x = jnp.stack([packing.unpack(packed) for packed, *_ in parts])
     dy = jnp.stack([dy for _, dy, _ in parts])
@@ -132,7 +135,7 @@ def test_under_vmap():
     @jax.vmap
     def run(x, dy):
         # Room that is no multiple of 8 values: problems begin anywhere.
-        packed = kernels.pack(x, 1.0, 10_001)
+        packed = kernels.pack(x, 1.0, x.size // 2 + 1)
         return kernels.sparse_conv_weight_gradient(packed, jnp.float32(2), dy, PLAIN, (1, 1))
 
     np.testing.assert_array_equal(run(x, dy)[:, 0, 0], np.stack([one for *_, one in parts]))
