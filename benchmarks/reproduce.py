@@ -49,6 +49,7 @@ from swat_jax.files import replace_text
 GRACE_SECONDS = 15.0
 # In a run's folder, so that it goes where the run goes.
 GPU_SECONDS = "gpu_seconds.txt"
+XLA_FLAGS = "xla_flags.txt"
 # Of result.json: what is not said of the run as a whole.
 NOT_KEPT = ("num_classes", "image_shape", "class_names")
 
@@ -106,6 +107,7 @@ class Running:
         environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ}
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
+        keep_flags(options.runs, row, environment.get("XLA_FLAGS", ""))
         # A run goes on in the same log. A session of its own: Ctrl-C reaches it through `stop`.
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -143,6 +145,24 @@ def add_gpu_seconds(runs: pathlib.Path, row: Row, seconds: float) -> None:
     total = (gpu_seconds(runs, row) or 0.0) + seconds
     (runs / row.name).mkdir(exist_ok=True)
     replace_text(runs / row.name / GPU_SECONDS, f"{total:.3f}\n")
+
+
+def keep_flags(runs: pathlib.Path, row: Row, flags: str) -> None:
+    """Remembers XLA's flags of a run; of one that was begun with others, all of them."""
+    file = runs / row.name / XLA_FLAGS
+    file.parent.mkdir(exist_ok=True)
+    before = file.read_text().splitlines() if file.exists() else []
+    if flags not in before:
+        replace_text(file, "".join(f"{one}\n" for one in (*before, flags)))
+
+
+def xla_flags(runs: pathlib.Path, row: Row) -> str | None:
+    """Those that a run had; of several starts one after the other. None where it is not known."""
+    file = runs / row.name / XLA_FLAGS
+    if not file.exists():
+        return None
+    given = file.read_text().splitlines()
+    return given[0] if len(given) == 1 else ", then ".join(one or "none" for one in given)
 
 
 class RowError(Exception):
@@ -263,7 +283,7 @@ def collect(row: Row, options: argparse.Namespace) -> dict[str, Any]:
         "label": row.label,
         "settings": options.set,
         "gpu_seconds": gpu_seconds(options.runs, row),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "xla_flags": xla_flags(options.runs, row),
         **{key: value for key, value in result.items() if key not in NOT_KEPT},
         "epochs": by_epoch(lines),
         "config": config,

@@ -6,7 +6,7 @@
 
 For each distinct shape, at the batch that the step table has: `dense`, XLA's product of dense
 operands; `unpack`, the packed input unpacked and the same product; `sparse`, the kernel that reads
-the packed input, cut as it chooses, and with `--tiles` with every tile and so many blocks too;
+the packed input, cut as it chooses, and with `--tiles` with other tiles and blocks;
 `nothing`, the same kernel on an input that keeps no value, so what it takes without scattering. The
 `floor` is what the bytes (packed input, gradient, result) take at the rate of a device-to-device
 copy, or the operations at that of a large matrix product, whichever is more, both measured first.
@@ -238,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--granularity", default=masks[0], choices=masks, help="of sparse weights")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS)
     parser.add_argument("--all", action="store_true", help="all windows of all networks")
-    parser.add_argument("--tiles", action="store_true", help="every tile, not the chosen one only")
+    parser.add_argument("--tiles", action="store_true", help="other tiles too")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--batch", type=int, help="images; default: those of the step table")
     parser.add_argument("--first", type=int, help="only so many shapes")

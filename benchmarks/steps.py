@@ -85,6 +85,7 @@ def measure(network: str, method: str, steps: int) -> None:
         "method": method,
         "threshold_every_steps": period,
         "steps_per_dispatch": measured.steps_per_dispatch,
+        **({"algorithms": measured.notes} if measured.notes else {}),
         "backend": backend,
         "temporary_mib": measured.temporary_bytes / 2**20,
         "xla_mib": measured.xla_bytes / 2**20,

@@ -47,6 +47,7 @@ class TrainingStep:
       state: a training state; None where the step is only compiled.
       batches: images and labels of each batch.
       done: steps that were run.
+      notes: which products are not computed in the plain way.
     """
 
     config: Any
@@ -56,6 +57,7 @@ class TrainingStep:
     batches: tuple[tuple[jax.Array, jax.Array], ...]
     period: int
     done: int = 0
+    notes: tuple[str, ...] = ()
 
     def run(self, *, refresh: bool = False) -> None:
         """One step, asynchronously; with ``refresh`` one that recomputes thresholds."""
@@ -181,6 +183,8 @@ def make(
     """
     config: Any = config_file.load(f"configs/{name}.py:{method}")
     config.batch_size, config.precision = batch, precision
+    # What a machine's own tables say would be no part of the method.
+    config.sparsity.algorithms = "plain"
     config.update_from_flattened_dict(dict(settings or {}))
     period = config.sparsity.threshold_every_steps
     small = batch <= MOST_RESIDENT and name.startswith("cifar")
@@ -194,14 +198,14 @@ def make(
         mean=(0.5,) * 3, std=(0.25,) * 3, class_names=tuple(map(str, range(classes))),
     )  # fmt: skip
     trainer, make_state = step.make_trainer(config, info, step.make_mesh(1))
-    trainer, _ = step.choose_algorithms(trainer)
+    trainer, notes = step.choose_algorithms(trainer)
     train_step: Any = trainer.train_step
     shape = (batch, size, size, 3)
     if only_compile:
         images: Any = jax.ShapeDtypeStruct(shape, np.uint8)
         labels: Any = jax.ShapeDtypeStruct((batch,), np.int32)
         compiled = train_step.lower(jax.eval_shape(make_state), images, labels).compile()
-        return TrainingStep(config, info, compiled, None, (), period)
+        return TrainingStep(config, info, compiled, None, (), period, notes=notes)
     rng = np.random.default_rng(0)
     if resident:
         images = rng.integers(0, 256, (info.num_train, *shape[1:]), np.uint8)
@@ -218,6 +222,7 @@ def make(
             state,
             batches,
             period,
+            notes=notes,
             steps=steps,
             order=order,
             trainer=trainer,
@@ -232,7 +237,7 @@ def make(
     )
     state = make_state()
     compiled = train_step.lower(state, *batches[0]).compile()
-    return TrainingStep(config, info, compiled, state, batches, period)
+    return TrainingStep(config, info, compiled, state, batches, period, notes=notes)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ namespace {
 
 static_assert(32 * conv::kWordsOfTile == kTile);
 
-// Hopper moves registers from warps to others, so that there are as many producers as consumers. Where
-// it does not, a block with many sums has room for half as many.
+// Where pixels are gathered Hopper moves registers from warps to others, so that there are as many
+// producers as consumers. Elsewhere a block with many sums has room for half as many.
 constexpr int kMoving = 8, kStaying = 4;
 #if __CUDA_ARCH_FEAT_SM90_ALL
 #define SWAT_MOVES_REGISTERS 1
@@ -178,7 +178,8 @@ struct Gpu {
   }
 };
 
-// Of the two numbers of producers every architecture has one: `launch_tiles` takes the one it has.
+// Where pixels are gathered every architecture has one of the two numbers of producers: `launch_tiles`
+// takes that.
 template <typename T, int Producers, int M, int N, bool kGathers>
 __global__ void __launch_bounds__(32 * (conv::kConsumers + Producers), blocks_at_once(M* N, kGathers))
     weight_gradient_kernel(const __grid_constant__ conv::Problem problem, const float* least) {
@@ -221,6 +222,13 @@ __global__ void __launch_bounds__(32 * kAddWarps)
   if (warp != 0 || i >= count) return;
   for (int w = 1; w < kAddWarps; ++w) add(shared[w][lane]);
   *reinterpret_cast<float4*>(to + i) = sum;
+}
+
+cudaError_t add_splits(cudaStream_t stream, const float* partial, uint32_t splits, int64_t sums,
+                       float* to) {
+  add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), 32 * kAddWarps, 0, stream>>>(
+      partial, splits, sums, to);
+  return cudaGetLastError();
 }
 
 template <typename T, int Producers, int M, int N, bool kGathers>
@@ -392,9 +400,9 @@ ffi::Error sparse_conv_weight_gradient(cudaStream_t stream, ffi::AnyBuffer value
       return invalid(std::string(kOp) + ": there is no tile of " + std::to_string(tile[0]) + " x " +
                      std::to_string(tile[1]) + " channels");
     }
-    add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), 32 * kAddWarps, 0, stream>>>(
-        problem.partial, problem.splits, sums, static_cast<float*>(dw->untyped_data()) + b * sums);
-    SWAT_RETURN_IF_ERROR(cuda_error(kOp, cudaGetLastError()));
+    SWAT_RETURN_IF_ERROR(cuda_error(
+        kOp, add_splits(stream, problem.partial, problem.splits, sums,
+                        static_cast<float*>(dw->untyped_data()) + b * sums)));
   }
   return ffi::Error::Success();
 }

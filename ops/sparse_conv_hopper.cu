@@ -5,8 +5,8 @@
 
 #include <cuda.h>
 
-#include "packing.cuh"
 #include "launch_on_hopper.cuh"
+#include "packing.cuh"
 
 namespace swat {
 namespace {
@@ -16,7 +16,7 @@ static_assert(hopper::kTileValues == kTile);
 template <typename C>
 __global__ void __launch_bounds__(C::kThreads, 1)
     hopper_weight_gradient_kernel(const __grid_constant__ hopper::Problem problem,
-                           const __grid_constant__ CUtensorMap map, const float* least) {
+                                  const __grid_constant__ CUtensorMap map, const float* least) {
   // Other architectures have none of this: there the kernel is empty, and `has` says so.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ unsigned char dynamic[];
@@ -25,12 +25,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #endif
 }
 
-// Whether this GPU has the kernel: one that is empty needs next to no registers.
+// Whether this GPU has the kernel: one that is empty needs next to no registers, and what warps give
+// others has to be there.
 template <typename C>
 cudaError_t has(bool& found) {
   cudaFuncAttributes attributes;
   const cudaError_t code = cudaFuncGetAttributes(&attributes, hopper_weight_gradient_kernel<C>);
-  found = code == cudaSuccess && attributes.numRegs > 64;
+  found = code == cudaSuccess && attributes.numRegs >= static_cast<int>(C::kStart);
   return code;
 }
 

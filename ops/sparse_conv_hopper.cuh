@@ -1,8 +1,8 @@
 // The weight gradient of a 1x1 convolution from packed activations, on Hopper.
 //
-// dW[i, o] = sum over pixels p of x[p, i] * dY[p, o], where x is packed. One block of threads stays on a
-// multiprocessor, and makes X input times Y output channels of dW over a range of chunks of P pixels;
-// a second kernel adds up what the blocks of all ranges made, in their order.
+// dW[i, o] = sum over pixels p of x[p, i] * dY[p, o], where x is packed. A block of threads has a
+// multiprocessor for itself, and makes X input times Y output channels of dW over a range of chunks of P
+// pixels; a second kernel adds up what the blocks of all ranges made, in their order.
 //
 // The warps of a block have three jobs, and only mbarriers between them:
 //   - one warp has the copy engine bring chunks of dY, many chunks ahead;
@@ -32,11 +32,10 @@
 namespace swat {
 namespace hopper {
 
-constexpr uint32_t kTileValues = 2048, kTileWords = 64;  // of a bitmap, for every entry of `offsets`
+constexpr uint32_t kTileWords = conv::kWordsOfTile, kTileValues = 32 * kTileWords;
 constexpr uint32_t kSlots = 3;        // units of a warp in shared memory, two of them on their way
 constexpr uint32_t kAtOnce = 4;       // values of a word that are put together
 constexpr uint32_t kBatch = 32;       // units of a warp whose `offsets` are read together
-constexpr uint32_t kMostChannels = 512;
 constexpr uint32_t kMostStages = 8;
 
 // ---- Where things lie ---------------------------------------------------------------------------
@@ -105,13 +104,13 @@ struct Cut {
   static constexpr uint32_t kStart = 65536 / kThreads / 8 * 8;
   static constexpr uint32_t kProduces = kProducerGroups == 3 ? (kConsumerGroups == 1 ? 96 : 48)
                                                              : (kConsumerGroups == 1 ? 128 : 80);
-  static constexpr uint32_t kConsumes =
-      (kStart * (kConsumerGroups + kProducerGroups) - kProduces * kProducerGroups) / kConsumerGroups /
-      8 * 8 > 240 ? 240 :
-      (kStart * (kConsumerGroups + kProducerGroups) - kProduces * kProducerGroups) / kConsumerGroups /
-      8 * 8;
+  static constexpr uint32_t kLeft =
+      (kStart * (kConsumerGroups + kProducerGroups) - kProduces * kProducerGroups) / kConsumerGroups;
+  static constexpr uint32_t kConsumes = kLeft > 240 ? 240 : kLeft / 8 * 8;
   // Columns of one `wgmma`. Its sums have to fit into the registers that a thread starts with.
   static constexpr uint32_t kEach = N > 128 && kStart < 160 ? 128 : N;
+  static_assert(kConsumes * kConsumerGroups + kProduces * kProducerGroups <=
+                kStart * (kConsumerGroups + kProducerGroups));
   static_assert(M % 64 == 0 && N % kEach == 0 && X % 64 == 0 && Y % 64 == 0 && P % 16 == 0);
 };
 
@@ -338,8 +337,17 @@ struct Wgmma;
   };
 SWAT_DEFINE_WGMMA(64, SWAT_NAMES_0, 32, 33, SWAT_SUMS(d, 0))
 SWAT_DEFINE_WGMMA(128, SWAT_NAMES_0 ", " SWAT_NAMES_1, 64, 65, SWAT_SUMS(d, 0), SWAT_SUMS(d, 32))
-SWAT_DEFINE_WGMMA(256, SWAT_NAMES_0 ", " SWAT_NAMES_1 ", " SWAT_NAMES_2 ", " SWAT_NAMES_3, 128, 129, SWAT_SUMS(d, 0),
-                  SWAT_SUMS(d, 32), SWAT_SUMS(d, 64), SWAT_SUMS(d, 96))
+SWAT_DEFINE_WGMMA(256, SWAT_NAMES_0 ", " SWAT_NAMES_1 ", " SWAT_NAMES_2 ", " SWAT_NAMES_3, 128, 129,
+                  SWAT_SUMS(d, 0), SWAT_SUMS(d, 32), SWAT_SUMS(d, 64), SWAT_SUMS(d, 96))
+
+#undef SWAT_DEFINE_WGMMA
+#undef SWAT_WGMMA
+#undef SWAT_SUMS
+#undef SWAT_EIGHT
+#undef SWAT_NAMES_3
+#undef SWAT_NAMES_2
+#undef SWAT_NAMES_1
+#undef SWAT_NAMES_0
 
 #endif  // __CUDACC__
 
@@ -733,7 +741,7 @@ __device__ __forceinline__ void make_part(const Problem& problem, const CUtensor
 // Whether a cut takes so many channels: a chunk is whole units, and those of a tile whole columns.
 template <typename C>
 bool takes(uint32_t in, uint32_t out) {
-  const bool fits = C::kHalf ? in == 2 * C::X : in <= kMostChannels && in % 32 == 0;
+  const bool fits = C::kHalf ? in == 2 * C::X : in <= conv::kMostRun && in % 32 == 0;
   return fits && C::P * in % (kTileValues * C::kTilesOfUnit) == 0 && out % 8 == 0;
 }
 

@@ -51,7 +51,7 @@ class Table:
       device: its kind, as `jax.Device.device_kind` has it.
       version: of swat_jax.
       backend: "cuda" or "xla", see `swat_jax.kernels.backend`.
-      layers: `name_of` a layer -> op -> its times.
+      layers: `name_of` a layer -> op -> its times; of ops that were timed.
       made_with: versions of other things and the date, for people.
     """
 
@@ -62,8 +62,9 @@ class Table:
     made_with: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def with_layers(self, layers: Mapping[str, Mapping[str, Times]]) -> Table:
-        """This table with more layers, or other times of the same ones."""
-        return dataclasses.replace(self, layers={**self.layers, **layers})
+        """This table with more layers and ops, or other times of the same ones."""
+        merged = {name: {**self.layers.get(name, {}), **ops} for name, ops in layers.items()}
+        return dataclasses.replace(self, layers={**self.layers, **merged})
 
 
 def package_version() -> str:
@@ -113,7 +114,7 @@ def _precision(problem: Problem) -> str:
     uses TensorFloat-32, which is several times as fast.
     """
     if problem.conv.precision is not None:
-        return str(problem.conv.precision)
+        return str(problem.conv.precision).lower()
     default = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
     return str(default) if default is not None and str(problem.dtype) == "float32" else ""
 
@@ -143,7 +144,7 @@ def _slug(device: str) -> str:
 def find(device: str, backend: str) -> tuple[Table, list[str]]:
     """The table that holds for devices of a kind.
 
-    What the user measured stands before what comes with the package, layer by layer.
+    What the user measured stands before what comes with the package, op by op.
 
     Args:
       device: the kind.
@@ -192,12 +193,19 @@ def read(path: Path) -> Table:
         return Table(
             *(_text(found[name]) for name in ("device", "version", "backend")),
             layers={
-                name: {op: Times(**ops[op]) for op in OPS} for name, ops in found["layers"].items()
+                name: {_known(op): Times(**times) for op, times in ops.items()}
+                for name, ops in found["layers"].items()
             },
             made_with=found["made_with"],
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise _no_table(path) from error
+
+
+def _known(op: str) -> str:
+    if op not in OPS:
+        raise KeyError(op)
+    return op
 
 
 def _text(value: Any) -> str:

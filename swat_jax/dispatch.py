@@ -91,18 +91,18 @@ def choose(model: nnx.Module, x: jax.ShapeDtypeStruct, setting: str, device: str
     # Without a table the network need not be traced.
     found = problems(model, x) if table.layers else {}
     refused: list[str] = []
-    untimed = len(layers)
+    untimed = len(layers) * len(OPS)
     for path, problem in found.items():
         timed = _times(table, layers[path], problem) if path in layers else None
         if timed is not None:
-            untimed -= 1
+            untimed -= len(timed)
             chosen[path] = _accepted(path, timed, problem, notes, refused)
     if refused:
         notes.append(f"{len(refused)} ops are plain against the table, the first: {refused[0]}")
     if untimed:
         notes.append(
-            f"{untimed} of {len(layers)} sparse layers were not timed on {device}: masked weights "
-            "and cuDNN; python -m swat_jax.tune times them"
+            f"{untimed} of the {len(layers) * len(OPS)} products of sparse layers were not timed "
+            f"on {device}: masked weights and cuDNN; python -m swat_jax.tune times them"
         )
     return Choice(chosen, tuple(notes))
 
@@ -136,6 +136,9 @@ def _accepted(
     """What a layer gets of what was chosen for it; notes it where it is not plain, or refused."""
     accepted = {}
     for op in OPS:
+        if op not in timed:
+            accepted[op] = PLAIN[op]
+            continue
         name, spent = timed[op].chosen, timed[op].milliseconds
         why = _refusal(op, name, problem)
         accepted[op] = PLAIN[op] if why else name

@@ -148,7 +148,7 @@ def flagged(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
     """XLA's flags that runs were given, each with the rows that had them."""
     rows: dict[str, dict[str, None]] = {}
     for run in runs:
-        if flags := run.get("xla_flags", ""):
+        if flags := run.get("xla_flags"):
             rows.setdefault(flags, {})[f"{run['network']} {run['method']}"] = None
     return [(flags, list(names)) for flags, names in sorted(rows.items())]
 

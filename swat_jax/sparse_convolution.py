@@ -27,7 +27,8 @@ GATHERED_TILES = ((64, 64), (128, 128), (128, 256), (256, 128))
 # with sums of their own, and input channels up to which pixels need not be gathered: `pixels_of`,
 # `groups_of` and `kMostRun` there.
 _PIXELS, _TWO_GROUPS, _MOST_RUN = 32, 2**14, 512
-# Blocks that a large GPU holds at once; of those with few sums that do not gather, twice as many.
+# Blocks that a large GPU holds at once; of those with few sums that do not gather, twice as many
+# (Hopper's own kernel then makes two rounds).
 _BLOCKS, _FEW_SUMS = 132, 2**12
 # What `cuts` tries: one and two blocks for every multiprocessor of a large GPU.
 _TRIED_BLOCKS = (132, 264)
@@ -183,7 +184,7 @@ def cuts(
 def _is_worth_a_try(
     tile: tuple[int, int], channels: int, outputs: int, chosen: tuple[int, int]
 ) -> bool:
-    """Not a tile that is half empty, nor one that unpacks or reads more than twice as often."""
+    """Not a tile that is half empty, nor one that takes more than twice as many blocks for all."""
     sizes = channels, outputs
     if any(side >= 2 * size for side, size in zip(tile, sizes, strict=True)):
         return False

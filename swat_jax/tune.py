@@ -61,16 +61,17 @@ def tune(
       config: with the keys of `swat_jax.recipe.base`.
       output: the table; None: `algorithm_table.path_of` the device.
       layers: pattern of paths; None: all.
-      ops: those of `swat_jax.candidates.OPS` that are timed; where the table has nothing of the
-        others they are plain.
+      ops: those of `swat_jax.candidates.OPS` that are timed.
 
     Returns:
       ``table``, its path; ``layers``, what was timed, by name; ``paths``, the layers of each name;
       ``chosen``, how many ops are not plain; ``wrong``, which algorithms were not right, and why.
 
     Raises:
-      UsageError: nothing can be timed, or the table cannot be written.
+      UsageError: nothing can be timed, there is no such op, or the table cannot be written.
     """
+    if unknown := [op for op in ops if op not in OPS]:
+        raise UsageError(f"ops must be some of {', '.join(OPS)}; got {', '.join(unknown)}")
     mesh = step.make_mesh(config.devices)
     step.check(config, mesh)
     device, backend = mesh.devices.flat[0].device_kind, kernels.backend()
@@ -97,8 +98,7 @@ def tune(
         timed[name] = trial.run(
             problem, layer.weight_sparsity, layer.activation_sparsity, idle, ops
         )
-        untimed = {op: Times(PLAIN[op], {}) for op in OPS}
-        table = table.with_layers({name: {**untimed, **table.layers.get(name, {}), **timed[name]}})
+        table = table.with_layers({name: timed[name]})
         algorithm_table.write(path, table)
         print(f"{' '.join(paths)}: {name}", *_lines(timed[name]), sep="\n")
         print(f"  {time.monotonic() - start:.0f} s, {len(timed)} of {len(found)}", flush=True)

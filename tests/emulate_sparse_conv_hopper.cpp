@@ -5,7 +5,8 @@
 // What the hardware does is done here by the PTX manual's words, and as late as it may be: copies and
 // products when they are waited for, boxes of the copy engine at any time. Threads are coroutines that
 // change where they wait, warps in an order that is drawn. Shared memory is full of NaN at first. So what
-// is not waited for shows, and so does a wait that never ends.
+// is not waited for shows, and so do a wait that never ends and stores that no fence follows. That barriers
+// are fenced before their first use, and registers before the first product, does not.
 
 #include <ucontext.h>
 
@@ -57,6 +58,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool is_over = false;
+  bool has_stored = false;  // since its last fence
   Groups copies{1}, products{1};
 };
 std::vector<Fiber> fibers;
@@ -159,6 +161,9 @@ Barrier& barrier(uint32_t address) {
 void barrier_init(uint32_t address, uint32_t count) { barriers[address] = Barrier{count, count, 0, 0}; }
 void fence_barriers() {}
 void barrier_arrive(uint32_t address) {
+  const auto first = fibers.begin() + threadIdx.x / 32 * 32;
+  const auto has_stored = [](const Fiber& one) { return one.has_stored; };
+  if (std::any_of(first, first + 32, has_stored)) fail("products may not see what was stored");
   Barrier& one = barrier(address);
   --one.pending, one.settle();
 }
@@ -220,11 +225,15 @@ uint32_t load_global_if(bool condition, const uint16_t* from) {
   if (from < memory.values || from >= memory.values + memory.capacity) fail("a value out of bounds");
   return *from;
 }
-void clear_part(uint32_t to) { std::memset(at(to, 16), 0, 16); }
+void clear_part(uint32_t to) {
+  std::memset(at(to, 16), 0, 16);
+  fibers[threadIdx.x].has_stored = true;
+}
 void put_value(uint32_t to, uint32_t bits, uint32_t value, uint32_t least) {
   if (bits == 0 || (value & 0x7fff) < least) return;
   const uint16_t narrow = static_cast<uint16_t>(value);
   std::memcpy(at(to, 2), &narrow, 2);
+  fibers[threadIdx.x].has_stored = true;
 }
 uint32_t highest_bit(uint32_t word) {
   return word == 0 ? ~0u : 31 - static_cast<uint32_t>(__builtin_clz(word));
@@ -237,7 +246,7 @@ uint32_t scan_lanes(uint32_t value) {
   for (uint32_t lane = 0; lane < threadIdx.x % 32; ++lane) sum += values[lane];
   return sum;
 }
-void fence_stores() {}
+void fence_stores() { fibers[threadIdx.x].has_stored = false; }
 
 // Where a byte lies in the pattern of 128 bytes.
 uint32_t exchanged(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
@@ -442,6 +451,7 @@ int main() {
   const uint32_t two = narrow(2.f);
   check<Cut<T, 64, 64, true, 64, 3>>({1003, 64, 64, 0.1, 1, 1, 3}, 2, 2);
   check<Cut<T, 64, 64, true, 64, 3>>({300, 96, 72, 0.2, 9, two, 6}, 2, 3);  // more splits than chunks
+  check<Cut<T, 64, 64, true, 64, 3>>({700, 32, 64, 0.2, 1, 1, 2}, 3, 2);
   check<Cut<T, 64, 256, true, 32, 3>>({603, 64, 256, 0.1, 1, two, 1}, 6, 4);
   check<Cut<T, 128, 128, true, 64, 2>>({500, 128, 128, 0.3, 2, two, 5}, 2, 2);
   check<Cut<T, 128, 256, true, 32, 2>>({420, 128, 256, 0.1, 1, 1, 2}, 2, 2);

@@ -55,7 +55,8 @@ def times(**chosen):
 
 def untimed(count):
     return (
-        f"{count} of 9 sparse layers were not timed on {DEVICE}: masked weights and cuDNN; "
+        f"{count} of the 27 products of sparse layers were not timed on {DEVICE}: masked weights "
+        "and cuDNN; "
         "python -m swat_jax.tune times them"
     )
 
@@ -122,7 +123,7 @@ def test_without_a_table_everything_is_plain_and_one_line_says_so():
     _, model, x = network()
     choice = dispatch.choose(model, x, "tuned", DEVICE)
     assert set(choice.algorithms.values()) == {PLAIN}
-    assert choice.notes == (untimed(9),)
+    assert choice.notes == (untimed(27),)
     assert dispatch.choose(model, x, "plain", DEVICE).notes == ()
 
 
@@ -159,7 +160,7 @@ def test_layers_get_what_was_chosen_for_them_and_each_op_is_a_line():
         "stage1/0/conv2 forward: fake:fast (0.5000 ms, masked 1.5000)",
         "stage1/0/conv2 weight_gradient: fake (0.5000 ms, dense 1.5000)",
         "stage3/0/conv2 input_gradient: fake:slow (0.5000 ms, masked 1.5000)",
-        untimed(5),
+        untimed(15),
     )
     dispatch.apply(model, choice)
     assert {path: layer.algorithms for path, layer in build.sparse_layers(model)} == {
@@ -205,7 +206,17 @@ def test_other_layers_than_were_timed_are_plain(changed):
     x = jax.ShapeDtypeStruct((changed.get("batch", BATCH), *x.shape[1:]), x.dtype)
     choice = dispatch.choose(other, x, "tuned", DEVICE)
     assert set(choice.algorithms.values()) == {PLAIN}
-    assert "9 of 9 sparse layers were not timed" in choice.notes[-1]
+    assert choice.notes[-1] == untimed(27)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_ops_that_were_not_timed_are_plain_and_are_counted():
+    _, model, x = network(sparsity__pack=True)
+    part = {"forward": times(forward="fake")["forward"]}
+    save(dict.fromkeys(names_of(model, x).values(), part))
+    choice = dispatch.choose(model, x, "tuned", DEVICE)
+    assert set(choice.algorithms.values()) == {Algorithms(forward="fake")}
+    assert choice.notes[-1] == untimed(18)
 
 
 @pytest.mark.usefixtures("cuda")
@@ -216,7 +227,7 @@ def test_a_stale_table_is_named_and_not_used():
     choice = dispatch.choose(model, x, "tuned", DEVICE)
     assert set(choice.algorithms.values()) == {PLAIN}
     assert choice.notes[0].startswith(f"{path} is not used: it is of version 0.0.9, this is ")
-    assert "9 of 9" in choice.notes[1]
+    assert choice.notes[1] == untimed(27)
 
 
 @pytest.mark.usefixtures("cuda")
@@ -229,7 +240,7 @@ def test_no_time_holds_for_budgets_that_move():
     })  # fmt: skip
     choice = dispatch.choose(model, x, "tuned", DEVICE)
     assert set(choice.algorithms.values()) == {PLAIN}
-    assert "10 of 10 sparse layers were not timed" in choice.notes[0]
+    assert "30 of the 30 products of sparse layers were not timed" in choice.notes[0]
 
 
 def test_a_table_that_is_named_is_obeyed_on_any_device(tmp_path, monkeypatch):

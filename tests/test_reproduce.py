@@ -142,6 +142,15 @@ def test_a_row_has_its_part_of_the_gpu(tmp_path, load, monkeypatch):
     assert script.gpu_seconds(tmp_path, script.Row("config", "u90", 9)) is None
 
 
+def test_the_flags_of_a_run_are_those_of_all_its_starts(tmp_path, load):
+    script = load("reproduce")
+    row = script.Row("config", "u90", 0)
+    assert script.xla_flags(tmp_path, row) is None
+    for given, expected in (("", ""), ("", ""), ("--a", "none, then --a"), ("", "none, then --a")):
+        script.keep_flags(tmp_path, row, given)
+        assert script.xla_flags(tmp_path, row) == expected
+
+
 def test_equal_parts_of_a_gpu_are_counted_also_of_runs_that_are_cut_off(
     tmp_path, load, monkeypatch
 ):

@@ -317,6 +317,9 @@ HOPPER_FAULTS = {
         "min(C::kUnpackers, units_of_chunk * problem.x_stages)", "C::kUnpackers"
     ),
     "copied values that are not waited for": ("copies_wait<2>()", "copies_wait<3>()"),
+    "stores that no fence follows": ("    fence_stores();\n", ""),
+    "channels of another block": ("if (!is_own[w]) bits[w] = 0;", ""),
+    "values of another half": ("+ block * kWords +", "+"),
     "dY that is not waited for": ("    barrier_wait(y_full + 8 * y.at, y.turn & 1);\n", ""),
     "products that are not waited for": ("wgmma_wait<1>()", "wgmma_wait<2>()"),
     "another pattern of x": ("pixel % 8 * 16", "pixel % 4 * 16"),

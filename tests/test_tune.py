@@ -152,7 +152,11 @@ def test_a_table_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"device": 1, "version": "1", "backend": "", "layers": {}}', "\x00"]
+    "text",
+    [
+        *("", "[]", "{}", '{"device": 1, "version": "1", "backend": "", "layers": {}}', "\x00"),
+        '{"device": "", "version": "", "backend": "", "layers": {"a": {"b": {}}}, "made_with": {}}',
+    ],
 )
 def test_what_is_no_table_is_refused(text, tmp_path):
     path = tmp_path / "table.json"
@@ -178,11 +182,12 @@ def test_the_users_table_stands_before_the_shipped_one(cache):
     assert algorithm_table.find(device, "cuda") == (Table(device, version, "cuda"), [])
     fake, other = (times(dict.fromkeys(OPS, name)) for name in ("fake", "other"))
     shipped = Table(device, version, "cuda", {"a": fake, "b": fake})
-    own = Table(device, version, "cuda", {"b": other, "c": other})
+    part = {"forward": other["forward"]}
+    own = Table(device, version, "cuda", {"a": part, "b": other, "c": other})
     algorithm_table.write(algorithm_table.shipped_path(device), shipped)
     algorithm_table.write(algorithm_table.path_of(device), own)
     found, left = algorithm_table.find(device, "cuda")
-    assert found.layers == {"a": fake, "b": other, "c": other}
+    assert found.layers == {"a": fake | part, "b": other, "c": other}
     assert left == []
     assert algorithm_table.find("Another", "cuda")[0].layers == {}
 
@@ -272,12 +277,13 @@ def test_ops_that_are_not_asked_for_stay_as_they_were(clock, cache, capsys, monk
     run(capsys, "--output", str(path), "--layers", "classifier", "--ops", "forward")
     ((name, ops),) = algorithm_table.read(path).layers.items()
     assert ops["forward"].chosen == "fake:fast"
-    for op in ("input_gradient", "weight_gradient"):
-        assert ops[op] == Times(PLAIN[op], {})
+    assert list(ops) == ["forward"]
     flags = ["--json", "--output", str(path), "--layers", "classifier", "--ops", "weight_gradient"]
     code, output, _ = run(capsys, *flags)
     assert code == 0
     assert list(json.loads(output)["layers"][name]) == ["weight_gradient"]
+    with pytest.raises(UsageError, match=r"ops must be some of forward, .*; got typo"):
+        tune.tune(config_file.load("configs/digits.py:u90"), path, ops=["forward", "typo"])
     after = algorithm_table.read(path).layers[name]
     assert after["forward"] == ops["forward"]
     assert after["weight_gradient"].milliseconds

@@ -2,6 +2,7 @@
 //
 //   nvcc -std=c++17 -O3 -arch=native -DSWAT_JAX_MOST_BLOCKS=3 -DSWAT_JAX_LEAST_GUESSED=40000 \
 //        -I ops -isystem ops/third_party tests/gpu/check_kernels.cu -o check_kernels
+//   # -arch=sm_90a on Hopper
 //   ./check_kernels && compute-sanitizer --tool racecheck ./check_kernels 4 1
 //
 // Every problem runs forward and backward on each of two streams at the same time and is compared
@@ -502,8 +503,15 @@ void run_dropout(int64_t scale) {
   bitmap.expect_zones_untouched("around what dropout keeps");
 }
 
+bool is_hopper() {
+  int device = 0, major = 0;
+  check_cuda(cudaGetDevice(&device), "device");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "capability");
+  return major == 9;
+}
+
 // The weight gradient from packed activations, of small whole numbers, whose sums are exact.
-template <typename T, int M, int N, bool kGathers>
+template <typename T, int M, int N, bool kGathers, bool kOnHopper = false>
 void run_sparse_conv(conv::Shape shape, uint32_t images, double share, uint32_t splits, int repeats) {
   shape.pixels = images * shape.rows * shape.columns;
   const int64_t n = int64_t{images} * shape.height * shape.width * shape.in;
@@ -559,18 +567,25 @@ void run_sparse_conv(conv::Shape shape, uint32_t images, double share, uint32_t 
                                      static_cast<uint32_t>(values.size()),
                                      static_cast<uint32_t>(bitmap.size()),
                                      splits};
-      check_cuda(launch_tiles<T, M, N, kGathers>(streams[s], problem, least.get()),
-                 "weight gradient");
-      add_splits_kernel<<<static_cast<unsigned>((sums + 127) / 128), kThreads, 0, streams[s]>>>(
-          partial[s]->get(), splits, sums, result[s]->get());
-      check_cuda(cudaGetLastError(), "sums of splits");
+      if constexpr (kOnHopper) {
+        bool found = false;
+        check_cuda(launch_on_hopper(streams[s], problem, std::is_same_v<T, __half>, least.get(), M, N,
+                                    found),
+                   "weight gradient on Hopper");
+        expect(found, "a kernel for Hopper: compile with -arch=sm_90a");
+      } else {
+        check_cuda(launch_tiles<T, M, N, kGathers>(streams[s], problem, least.get()),
+                   "weight gradient");
+      }
+      check_cuda(add_splits(streams[s], partial[s]->get(), splits, sums, result[s]->get()),
+                 "sums of splits");
     }
     check_cuda(cudaDeviceSynchronize(), "weight gradient");
     for (const auto& one : result) {
       const auto found = one->read();
       bool same = true;
       for (int64_t i = 0; i < sums; ++i) same &= found[i] == expected[i];
-      if (!same) std::printf("tile %d x %d, gathers %d:\n", M, N, kGathers);
+      if (!same) std::printf("tile %d x %d, gathers %d, Hopper %d:\n", M, N, kGathers, kOnHopper);
       expect(same, "weight gradient from packed activations");
     }
   }
@@ -592,6 +607,14 @@ void run_sparse_convs(uint32_t scale, int repeats) {
     run_sparse_conv<T, 128, 128, false>(plain(40 * scale, 264, 128), 2, share, 2, repeats);
     run_sparse_conv<T, 128, 256, false>(plain(40 * scale, 128, 264), 2, share, 2, repeats);
     run_sparse_conv<T, 256, 64, false>(plain(40 * scale + 7, 256, 64), 2, share, 2, repeats);
+    if (!is_hopper()) continue;
+    run_sparse_conv<T, 64, 64, false, true>(plain(50 * scale + 1, 32, 72), 2, share, 2, repeats);
+    run_sparse_conv<T, 64, 256, false, true>(plain(50 * scale, 64, 256), 2, share, 3, repeats);
+    run_sparse_conv<T, 128, 128, false, true>(plain(40 * scale, 96, 128), 2, share, 2, repeats);
+    run_sparse_conv<T, 128, 256, false, true>(plain(40 * scale, 128, 264), 2, share, 2, repeats);
+    run_sparse_conv<T, 256, 64, false, true>(plain(40 * scale + 7, 256, 64), 2, share, 2, repeats);
+    run_sparse_conv<T, 256, 128, false, true>(plain(40 * scale + 3, 512, 128), 2, share, 2, repeats);
+    run_sparse_conv<T, 256, 128, false, true>(plain(40 * scale, 256, 136), 2, share, 9, repeats);
   }
   const conv::Shape stride = {9, 8, 136, 5, 4, 72, 0, {3, 3}, {2, 2}, {1, 1}};
   run_sparse_conv<T, 128, 128, true>(stride, scale, 0.2, 2, repeats);

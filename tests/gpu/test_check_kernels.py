@@ -20,6 +20,13 @@ CUDA_SANITIZER = "/usr/local/cuda/bin/compute-sanitizer"
 RACECHECK_SINCE = (2026, 4)
 
 
+def architecture():
+    """Hopper's own instructions need the a, which nvcc does not add by itself."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True, check=True)
+    return "sm_90a" if told.stdout.split()[0] == "9.0" else "native"
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     if given := os.environ.get("SWAT_JAX_CHECK_KERNELS"):
@@ -29,7 +36,7 @@ def program(tmp_path_factory):
         pytest.skip("no nvcc")
     path = tmp_path_factory.mktemp("build") / "check_kernels"
     # Few blocks pack in many rounds, as a large tensor does, and thresholds are guessed at, too.
-    options = ["-std=c++17", "-O3", "-arch=native"]
+    options = ["-std=c++17", "-O3", f"-arch={architecture()}"]
     options += ["-DSWAT_JAX_MOST_BLOCKS=3", "-DSWAT_JAX_LEAST_GUESSED=40000"]
     options += ["-I", "ops", "-isystem", "ops/third_party"]
     command = [nvcc, *options, "tests/gpu/check_kernels.cu", "-o", str(path)]

@@ -67,6 +67,7 @@ def test_sums_are_exact(tile, share, dtype):
         (40_000, 256, 128),
         (50_000, 64, 72),
         (3001, 96, 128),
+        (5000, 32, 64),
         (2000, 320, 256),
     ]
     for pixels, channels, outputs in sizes:
