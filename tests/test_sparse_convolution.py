@@ -342,7 +342,7 @@ def test_what_a_block_does_emulated_thread_by_thread(kernel, fault, tmp_path):
     assert right in source
     (tmp_path / f"{kernel}.cuh").write_text(source.replace(right, wrong, 1) if right else source)
     program = tmp_path / "emulate"
-    command = ["g++", "-std=c++17", "-O1", "-I", str(tmp_path), "-I", str(ROOT / "ops")]
+    command = ["g++", "-std=c++17", "-O0", "-I", str(tmp_path), "-I", str(ROOT / "ops")]
     command += [str(ROOT / f"tests/emulate_{kernel}.cpp"), "-o", str(program)]
     subprocess.run(command, check=True)
     result = subprocess.run([program], capture_output=True, text=True, check=False)
