@@ -6,7 +6,7 @@ python benchmarks/sparse_conv_page.py --check    # only says whether the page is
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import marked
@@ -15,14 +15,32 @@ import results
 PAGE = results.ROOT / "docs/sparse_convolutions.md"
 BEGIN = "<!-- benchmarks/sparse_conv_page.py writes {} -->\n"
 SPARSITIES = (70, 80, 90)
+FORWARD = "batch 512, forward, lists included."
 
 
-def measured(found: Mapping[str, Any], what: str) -> str:
-    """On what, and how fast that is."""
-    return (
-        f"{found['device'].removeprefix('NVIDIA ')}, jax {found['versions']['jax']}, "
-        f"{found['date']}; milliseconds; copies at {found['copy_gb_per_s'] / 1e3:.1f} TB/s, {what}"
-    )
+def timings(
+    found: Mapping[str, Any],
+    what: str,
+    columns: Sequence[str],
+    cells: Callable[[Mapping[str, Any]], Sequence[Any]],
+) -> list[str]:
+    """A line for each conv, below on what it was measured, and how fast that is."""
+    return [
+        (
+            f"{found['device'].removeprefix('NVIDIA ')}, jax {found['versions']['jax']}, "
+            f"{found['date']}; milliseconds; copies at {found['copy_gb_per_s'] / 1e3:.1f} TB/s, "
+            f"{what}"
+        ),
+        "",
+        results.line_of(*columns),
+        f"|---|{'---:|' * (len(columns) - 1)}",
+        *(results.line_of(*cells(row)) for row in found["convs"]),
+    ]
+
+
+def formatted(row: Mapping[str, Any], names: Sequence[str], digits: int = 3) -> list[str]:
+    """Times of a conv by their names."""
+    return [f"{row[f'{name}_ms']:.{digits}f}" for name in names]
 
 
 def ratio(row: Mapping[str, Any], slow: str, mark: float | None = None) -> str:
@@ -38,27 +56,21 @@ def weight_gradient() -> list[str]:
         (row["name"], row["sparsity"]): f"{row['sparse_ms']:.3f}"
         for row in results.read("sparse_conv_mma_h200")["convs"]
     }
-    products = f"large products at {found['product_tflop_per_s']:.0f} TFLOP/s."
-    lines = [
-        measured(found, products),
-        "",
-        results.line_of(
-            *("conv", "zeros", "dense", "unpack", "before", "here", "nothing kept", "floor"),
-            *("dense : here", "unpack : here"),
-        ),
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in found["convs"]:
-        dense, unpack, *others = (
-            f"{row[f'{name}_ms']:.3f}" for name in ("dense", "unpack", "sparse", "nothing", "floor")
-        )
+
+    def cells(row: Mapping[str, Any]) -> Sequence[Any]:
         old = before.get((row["name"], row["sparsity"]), "")
-        cells = (
-            *(row["name"], f"{row['sparsity']:.0%}", dense, unpack, old, *others),
+        return (
+            *(row["name"], f"{row['sparsity']:.0%}", *formatted(row, ("dense", "unpack")), old),
+            *formatted(row, ("sparse", "nothing", "floor")),
             *(ratio(row, "dense", 1.3), ratio(row, "unpack")),
         )
-        lines.append(results.line_of(*cells))
-    return lines
+
+    columns = (
+        *("conv", "zeros", "dense", "unpack", "before", "here", "nothing kept", "floor"),
+        *("dense : here", "unpack : here"),
+    )
+    what = f"large products at {found['product_tflop_per_s']:.0f} TFLOP/s."
+    return timings(found, what, columns, cells)
 
 
 def tuned() -> list[str]:
@@ -84,39 +96,32 @@ def tuned() -> list[str]:
 
 def forward() -> list[str]:
     """Of single weights in true float32; the marks are twice cuDNN's rate, four times at 97 %."""
-    found = results.read("sparse_conv_forward_h200")
-    lines = [
-        measured(found, "batch 512, forward, lists included."),
-        "",
-        "| conv | zeros | cuDNN | cuDNN, TF32 | lists | here | floor | cuDNN : here |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in found["convs"]:
+
+    def cells(row: Mapping[str, Any]) -> Sequence[Any]:
+        times = formatted(row, ("dense", "tf32", "compact", "sparse", "floor"), digits=2)
         mark = 4 if row["sparsity"] >= 0.97 else 2
-        times = (row[f"{name}_ms"] for name in ("dense", "tf32", "compact", "sparse", "floor"))
-        cells = (row["name"], f"{row['sparsity']:.0%}", *(f"{ms:.2f}" for ms in times))
-        lines.append(results.line_of(*cells, ratio(row, "dense", mark)))
-    return lines
+        return row["name"], f"{row['sparsity']:.0%}", *times, ratio(row, "dense", mark)
+
+    columns = ("conv", "zeros", "cuDNN", "cuDNN, TF32", "lists", "here", "floor", "cuDNN : here")
+    return timings(results.read("sparse_conv_forward_h200"), FORWARD, columns, cells)
 
 
 def vector_times() -> list[str]:
     """Of vectors in bfloat16; the mark is to be 1.4 times as fast as dense."""
-    found = results.read("sparse_conv_vector_h200")
-    lines = [
-        measured(found, "batch 512, forward, lists included."),
-        "",
-        "| conv | V | zeros | cuDNN | here | floor | TFLOP/s of what is kept | cuDNN : here |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in found["convs"]:
-        times = (row[f"{name}_ms"] for name in ("dense", "sparse", "floor"))
-        cells = (
+
+    def cells(row: Mapping[str, Any]) -> Sequence[Any]:
+        return (
             *(row["name"], row["vector"], f"{row['sparsity']:.0%}"),
-            *(f"{ms:.3f}" for ms in times),
+            *formatted(row, ("dense", "sparse", "floor")),
             f"{row['operations'] / row['sparse_ms'] / 1e9:.0f}",
+            ratio(row, "dense", 1.4),
         )
-        lines.append(results.line_of(*cells, ratio(row, "dense", 1.4)))
-    return lines
+
+    columns = (
+        *("conv", "V", "zeros", "cuDNN", "here", "floor", "TFLOP/s of what is kept"),
+        "cuDNN : here",
+    )
+    return timings(results.read("sparse_conv_vector_h200"), FORWARD, columns, cells)
 
 
 def vectors() -> list[str]:
@@ -148,10 +153,10 @@ def vectors() -> list[str]:
 TABLES = (weight_gradient, tuned, forward, vector_times, vectors)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     parser = argparse.ArgumentParser(description="The tables of docs/sparse_convolutions.md.")
     parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     tables = {BEGIN.format(table.__name__): table() for table in TABLES}
     stale = f"{PAGE.name} differs from docs/results: run python benchmarks/sparse_conv_page.py"
     return marked.update(PAGE, tables, check=options.check, stale=stale)

@@ -102,15 +102,13 @@ struct Cut {
   static constexpr uint32_t kXBytes = X * P * 2, kYBytes = Y * P * 2;
   // Registers for a thread, of 64 K: what it starts with, and what it then has.
   static constexpr uint32_t kStart = 65536 / kThreads / 8 * 8;
-  static constexpr uint32_t kProduces = kProducerGroups == 3 ? (kConsumerGroups == 1 ? 96 : 48)
-                                                             : (kConsumerGroups == 1 ? 128 : 80);
-  static constexpr uint32_t kLeft =
-      (kStart * (kConsumerGroups + kProducerGroups) - kProduces * kProducerGroups) / kConsumerGroups;
-  static constexpr uint32_t kConsumes = kLeft > 240 ? 240 : kLeft / 8 * 8;
-  // Columns of one `wgmma`. Its sums have to fit into the registers that a thread starts with.
-  static constexpr uint32_t kEach = N > 128 && kStart < 160 ? 128 : N;
-  static_assert(kConsumes * kConsumerGroups + kProduces * kProducerGroups <=
-                kStart * (kConsumerGroups + kProducerGroups));
+  static constexpr uint32_t kProduces = kConsumerGroups == 1 ? 96 : kProducerGroups == 2 ? 80 : 48;
+  static constexpr uint32_t kConsumes =
+      (kStart * (kConsumerGroups + kProducerGroups) - kProduces * kProducerGroups) / kConsumerGroups / 8 * 8;
+  // Columns of one `wgmma`. Its sums have to fit into the registers that a thread starts with: twice as
+  // many would need 160.
+  static constexpr uint32_t kEach = N > 128 ? 128 : N;
+  static_assert(kConsumes <= 240 && kStart < 160);
   static_assert(M % 64 == 0 && N % kEach == 0 && X % 64 == 0 && Y % 64 == 0 && P % 16 == 0);
 };
 
@@ -306,12 +304,6 @@ struct Wgmma;
 #define SWAT_NAMES_1 \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SWAT_NAMES_2 \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
-#define SWAT_NAMES_3 \
-  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define SWAT_EIGHT(d, i) \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
   "+f"(d[i + 6]), "+f"(d[i + 7])
@@ -337,15 +329,10 @@ struct Wgmma;
   };
 SWAT_DEFINE_WGMMA(64, SWAT_NAMES_0, 32, 33, SWAT_SUMS(d, 0))
 SWAT_DEFINE_WGMMA(128, SWAT_NAMES_0 ", " SWAT_NAMES_1, 64, 65, SWAT_SUMS(d, 0), SWAT_SUMS(d, 32))
-SWAT_DEFINE_WGMMA(256, SWAT_NAMES_0 ", " SWAT_NAMES_1 ", " SWAT_NAMES_2 ", " SWAT_NAMES_3, 128, 129,
-                  SWAT_SUMS(d, 0), SWAT_SUMS(d, 32), SWAT_SUMS(d, 64), SWAT_SUMS(d, 96))
-
 #undef SWAT_DEFINE_WGMMA
 #undef SWAT_WGMMA
 #undef SWAT_SUMS
 #undef SWAT_EIGHT
-#undef SWAT_NAMES_3
-#undef SWAT_NAMES_2
 #undef SWAT_NAMES_1
 #undef SWAT_NAMES_0
 

@@ -91,7 +91,7 @@ def choose(model: nnx.Module, x: jax.ShapeDtypeStruct, setting: str, device: str
     # Without a table the network need not be traced.
     found = problems(model, x) if table.layers else {}
     refused: list[str] = []
-    untimed = len(layers) * len(OPS)
+    products = untimed = len(layers) * len(OPS)
     for path, problem in found.items():
         timed = _times(table, layers[path], problem) if path in layers else None
         if timed is not None:
@@ -101,8 +101,8 @@ def choose(model: nnx.Module, x: jax.ShapeDtypeStruct, setting: str, device: str
         notes.append(f"{len(refused)} ops are plain against the table, the first: {refused[0]}")
     if untimed:
         notes.append(
-            f"{untimed} of the {len(layers) * len(OPS)} products of sparse layers were not timed "
-            f"on {device}: masked weights and cuDNN; python -m swat_jax.tune times them"
+            f"{untimed} of the {products} products of sparse layers were not timed on {device}: "
+            "masked weights and cuDNN; python -m swat_jax.tune times them"
         )
     return Choice(chosen, tuple(notes))
 
@@ -135,11 +135,8 @@ def _accepted(
 ) -> Algorithms:
     """What a layer gets of what was chosen for it; notes it where it is not plain, or refused."""
     accepted = {}
-    for op in OPS:
-        if op not in timed:
-            accepted[op] = PLAIN[op]
-            continue
-        name, spent = timed[op].chosen, timed[op].milliseconds
+    for op, times in timed.items():
+        name, spent = times.chosen, times.milliseconds
         why = _refusal(op, name, problem)
         accepted[op] = PLAIN[op] if why else name
         if why:
