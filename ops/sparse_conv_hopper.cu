@@ -119,7 +119,12 @@ cudaError_t launch_tile(cudaStream_t stream, const conv::Problem& problem, const
   if (is(64, 256)) return launch_cut<Cut<T, 64, 256, true, 32, 3>>(stream, problem, least, found, 6, 4);
   if (is(128, 128)) return launch_cut<Cut<T, 128, 128, true, 64, 2>>(stream, problem, least, found, 4, 4);
   if (is(128, 256)) return launch_cut<Cut<T, 128, 256, true, 32, 2>>(stream, problem, least, found, 8, 8);
-  if (is(256, 64)) return launch_cut<Cut<T, 256, 64, false, 64, 3>>(stream, problem, least, found, 4, 4);
+  if (is(256, 64)) {
+    // Warps that take two units at a time, where chunks are whole pairs of them.
+    return problem.shape.in % 64 == 0
+               ? launch_cut<Cut<T, 256, 64, false, 64, 4, false, 2>>(stream, problem, least, found, 4, 2)
+               : launch_cut<Cut<T, 256, 64, false, 64, 4>>(stream, problem, least, found, 4, 2);
+  }
   if (is(256, 128)) {
     return problem.shape.in == 512
                ? launch_cut<Cut<T, 256, 128, false, 32, 3, true>>(stream, problem, least, found, 6, 6)

@@ -2,15 +2,16 @@
 //
 //   g++ -std=c++17 -O2 -I ops tests/emulate_sparse_conv_hopper.cpp -o emulate && ./emulate
 //
-// What the hardware does is done here by the PTX manual's words, and as late as it may be: copies and
-// products when they are waited for, boxes of the copy engine at any time. Threads are coroutines that
-// change where they wait, warps in an order that is drawn. Shared memory is full of NaN at first. So what
-// is not waited for shows, and so do a wait that never ends and stores that no fence follows. That barriers
-// are fenced before their first use, and registers before the first product, does not.
+// What the hardware does is done here by the PTX manual's words: products as late as they may be, when
+// they are waited for, and what the copy engine brings at any time, piece by piece. Threads are coroutines
+// that change where they wait, warps in an order that is drawn. Shared memory is full of NaN at first. So
+// what is not waited for shows, and so do a wait that never ends and stores that no fence follows. That
+// barriers are fenced before their first use, and registers before the first product, does not.
 
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -20,6 +21,7 @@
 #include <functional>
 #include <map>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define SWAT_EMULATE
@@ -56,25 +58,25 @@ uint64_t progress = 0;
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
   bool is_over = false;
   bool has_stored = false;  // since its last fence
-  Groups copies{1}, products{1};
+  Groups products{1};
 };
 std::vector<Fiber> fibers;
+alignas(64) char stacks[1024][65536];  // of one block after the other
 ucontext_t scheduler;
 
 void yield() { swapcontext(&fibers[threadIdx.x].context, &scheduler); }
 
 struct Meeting {
   uint32_t need = 32, arrived = 0, generation = 0;
-  uint32_t values[2][32] = {};
+  uint64_t values[2][32] = {};
 };
 std::vector<Meeting> warps;
 Meeting block;
 
 // Waits for all of them; which of `values` holds what they brought.
-uint32_t meet(Meeting& meeting, uint32_t value) {
+uint32_t meet(Meeting& meeting, uint64_t value) {
   const uint32_t generation = meeting.generation;
   meeting.values[generation & 1][threadIdx.x % 32] = value;
   if (++meeting.arrived == meeting.need) {
@@ -93,12 +95,12 @@ using std::min;
 
 uint32_t __shfl_sync(uint32_t, uint32_t value, uint32_t lane) {
   Meeting& warp = own_warp();
-  return warp.values[meet(warp, value)][lane % 32];
+  return static_cast<uint32_t>(warp.values[meet(warp, value)][lane % 32]);
 }
 uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
   Meeting& warp = own_warp();
-  const uint32_t* const values = warp.values[meet(warp, value)];
-  return *std::max_element(values, values + 32);
+  const uint64_t* const values = warp.values[meet(warp, value)];
+  return static_cast<uint32_t>(*std::max_element(values, values + 32));
 }
 void __syncwarp() { meet(own_warp(), 0); }
 void __syncthreads() { meet(block, 0); }
@@ -115,7 +117,9 @@ struct {
 } memory;
 
 uint32_t __ldg(const uint32_t* from) {
-  if (from < memory.offsets || from >= memory.offsets + memory.tiles) fail("offsets out of bounds");
+  const bool is_offset = from >= memory.offsets && from < memory.offsets + memory.tiles;
+  const bool is_word = from >= memory.bitmap && from < memory.bitmap + memory.words;
+  if (!is_offset && !is_word) fail("offsets or words out of bounds");
   return *from;
 }
 
@@ -178,47 +182,50 @@ void barrier_wait(uint32_t address, uint32_t parity) {
 template <uint32_t, bool>
 void set_registers() {}
 
-void finish(Groups& groups, size_t pending) {
-  for (; groups.size() - 1 > pending; groups.pop_front()) {
-    for (const Action& action : groups.front()) action();
+// What the copy engine brings, in pieces that arrive in any order.
+std::vector<Action> pieces;
+void arrive(uint32_t address, uint32_t bytes) {
+  Barrier& one = barrier(address);
+  one.bytes -= bytes, one.settle();
+}
+void copy_parts(uint32_t to, const void* from, uint32_t bytes, uint32_t address) {
+  const auto* const first = static_cast<const char*>(from);
+  const auto holds = [&](const auto* begin, uint64_t count) {
+    // The first part may begin early: what 16 bytes hold is there as a whole.
+    return first + 16 > reinterpret_cast<const char*>(begin) &&
+           first + bytes <= reinterpret_cast<const char*>(begin + count);
+  };
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes == 0 || bytes % 16 != 0) fail("no whole parts");
+  if (!holds(memory.values, memory.capacity) && !holds(memory.bitmap, memory.words)) {
+    fail("a copy out of bounds");
+  }
+  const uint32_t half = dice() % (bytes / 16) * 16;
+  for (const auto& [begin, end] : {std::pair(0u, half), std::pair(half, bytes)}) {
+    if (begin == end) continue;
+    pieces.push_back([=, begin = begin, end = end] {
+      for (uint32_t b = begin; b < end; b += 16) std::memcpy(at(to + b, 16), first + b, 16);
+      arrive(address, end - begin);
+    });
   }
 }
 
-void copy_word(uint32_t to, const uint32_t* from, bool is_there) {
-  if (from < memory.bitmap || from >= memory.bitmap + memory.words) fail("words out of bounds");
-  fibers[threadIdx.x].copies.back().push_back([=] {
-    const uint32_t word = is_there ? *from : 0;
-    std::memcpy(at(to, 4), &word, 4);
-  });
-}
-void copy_part(uint32_t to, const uint16_t* from, uint32_t bytes) {
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a copy begins at no multiple of 16 bytes");
-  // The first part may begin early: what 16 bytes hold is there as a whole.
-  const bool is_there = from + bytes / 2 <= memory.values + memory.capacity && from + 8 > memory.values;
-  if (bytes > 16 || !is_there) fail("values out of bounds");
-  fibers[threadIdx.x].copies.back().push_back([=] {
-    unsigned char part[16] = {};
-    std::memcpy(part, from, bytes);
-    std::memcpy(at(to, 16), part, 16);
-  });
-}
-void copy_whole(uint32_t to, const uint16_t* from) { copy_part(to, from, 16); }
-void copies_commit() { fibers[threadIdx.x].copies.emplace_back(); }
-template <int kPending>
-void copies_wait() {
-  finish(fibers[threadIdx.x].copies, kPending);
-}
-
+void store_word(uint32_t to, uint32_t word) { std::memcpy(at(to, 4), &word, 4); }
 uint32_t load_word(uint32_t from) {
   uint32_t word;
   std::memcpy(&word, at(from, 4), 4);
   return word;
 }
+struct Four {
+  uint32_t low, high;
+};
 template <int kOffset>
-uint32_t load_value(uint32_t from) {
-  uint16_t value;
-  std::memcpy(&value, at(from + kOffset, 2), 2);
-  return value;
+Four load_four(uint32_t from) {
+  Four four;
+  std::memcpy(&four, at(from + kOffset, 8), 8);
+  return four;
+}
+uint32_t move_down(uint32_t low, uint32_t high, uint32_t bits) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits % 32);
 }
 uint32_t load_global_if(bool condition, const uint16_t* from) {
   if (!condition) return 0;
@@ -238,12 +245,11 @@ void put_value(uint32_t to, uint32_t bits, uint32_t value, uint32_t least) {
 uint32_t highest_bit(uint32_t word) {
   return word == 0 ? ~0u : 31 - static_cast<uint32_t>(__builtin_clz(word));
 }
-uint32_t without_bit(uint32_t word, uint32_t bit) { return bit > 31 ? word : word ^ 1u << bit; }
 uint32_t scan_lanes(uint32_t value) {
   Meeting& warp = own_warp();
-  const uint32_t* const values = warp.values[meet(warp, value)];
+  const uint64_t* const values = warp.values[meet(warp, value)];
   uint32_t sum = 0;
-  for (uint32_t lane = 0; lane < threadIdx.x % 32; ++lane) sum += values[lane];
+  for (uint32_t lane = 0; lane < threadIdx.x % 32; ++lane) sum += static_cast<uint32_t>(values[lane]);
   return sum;
 }
 void fence_stores() { fibers[threadIdx.x].has_stored = false; }
@@ -251,9 +257,8 @@ void fence_stores() { fibers[threadIdx.x].has_stored = false; }
 // Where a byte lies in the pattern of 128 bytes.
 uint32_t exchanged(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-std::vector<Action> boxes;  // on their way
 void copy_box(uint32_t to, const CUtensorMap*, uint32_t channel, uint32_t pixel, uint32_t address) {
-  boxes.push_back([=] {
+  pieces.push_back([=] {
     for (uint32_t p = 0; p < memory.box; ++p) {
       for (uint32_t c = 0; c < 64; ++c) {
         const bool is_there = pixel + p < memory.pixels && channel + c < memory.channels;
@@ -262,8 +267,7 @@ void copy_box(uint32_t to, const CUtensorMap*, uint32_t channel, uint32_t pixel,
         std::memcpy(at(exchanged(to + p * 128 + c * 2), 2), &value, 2);
       }
     }
-    Barrier& one = barrier(address);
-    one.bytes -= memory.box * 128, one.settle();
+    arrive(address, memory.box * 128);
   });
 }
 
@@ -272,7 +276,23 @@ void wgmma_commit() { fibers[threadIdx.x].products.emplace_back(); }
 template <int kPending>
 void wgmma_wait() {
   meet(own_warp(), 0);
-  finish(fibers[threadIdx.x].products, kPending);
+  Groups& groups = fibers[threadIdx.x].products;
+  for (; groups.size() - 1 > kPending; groups.pop_front()) {
+    for (const Action& action : groups.front()) action();
+  }
+}
+// Lane l gets values l % 4 * 2 and the next of column l / 4 of four matrices, whose rows of eight lanes
+// say where they are: "transposed".
+void load_left(uint32_t (&to)[4], uint32_t from) {
+  Meeting& warp = own_warp();
+  const uint64_t* const rows = warp.values[meet(warp, from)];
+  const uint32_t lane = threadIdx.x % 32;
+  uint16_t values[8];
+  for (uint32_t v = 0; v < 8; ++v) {
+    const uint64_t row = rows[v / 2 * 8 + lane % 4 * 2 + v % 2];
+    std::memcpy(&values[v], at(static_cast<uint32_t>(row), 16) + lane / 4 * 2, 2);
+  }
+  std::memcpy(to, values, 16);
 }
 float operand(uint64_t descriptor, uint32_t channel, uint32_t pixel) {
   const uint32_t start = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4,
@@ -288,6 +308,25 @@ template <uint32_t N>
 struct Wgmma {
   template <typename T>
   static void multiply(float (&sums)[N / 2], uint64_t a, uint64_t b) {
+    later(sums, b, [=](uint32_t row, uint32_t k) { return operand(a, row, k); });
+  }
+  // A warp has 16 rows, of which a lane has two values of two rows, and of two more columns. They are
+  // read when the products are made, too.
+  template <typename T>
+  static void multiply(float (&sums)[N / 2], const uint32_t (&a)[4], uint64_t b) {
+    Meeting& warp = own_warp();
+    const uint64_t* const met = warp.values[meet(warp, reinterpret_cast<uintptr_t>(&a[0]))];
+    std::array<const uint32_t*, 32> all;
+    for (uint32_t lane = 0; lane < 32; ++lane) all[lane] = reinterpret_cast<const uint32_t*>(met[lane]);
+    later(sums, b, [=](uint32_t row, uint32_t k) {
+      const uint32_t two = all[row % 8 * 4 + k % 8 / 2][row % 16 / 8 + k / 8 * 2];
+      return widen(static_cast<uint16_t>(two >> k % 2 * 16));
+    });
+  }
+
+ private:
+  template <typename Left>
+  static void later(float (&sums)[N / 2], uint64_t b, const Left& left) {
     float* const to = sums;
     const uint32_t thread = threadIdx.x % 128;
     fibers[threadIdx.x].products.back().push_back([=] {
@@ -295,7 +334,7 @@ struct Wgmma {
         for (uint32_t r = 0; r < 4; ++r) {
           const uint32_t row = thread / 32 * 16 + thread % 32 / 4 + r / 2 * 8;
           const uint32_t column = n * 8 + thread % 4 * 2 + r % 2;
-          for (uint32_t k = 0; k < 16; ++k) to[4 * n + r] += operand(a, row, k) * operand(b, column, k);
+          for (uint32_t k = 0; k < 16; ++k) to[4 * n + r] += left(row, k) * operand(b, column, k);
         }
       }
     });
@@ -323,22 +362,23 @@ void enter() {
 
 void run_block(uint32_t index, uint32_t threads) {
   for (unsigned char& byte : shared_memory) byte = dice() % 2 ? 0xff : 0x7f;  // NaN, or large
-  barriers.clear(), boxes.clear();
+  barriers.clear(), pieces.clear();
   fibers = std::vector<Fiber>(threads);
   warps = std::vector<Meeting>(threads / 32);
   block = Meeting(), block.need = threads;
   blockIdx.x = index;
-  for (Fiber& fiber : fibers) {
-    fiber.stack.resize(65536);
+  for (uint32_t thread = 0; thread < threads; ++thread) {
+    Fiber& fiber = fibers[thread];
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = stacks[thread];
+    fiber.context.uc_stack.ss_size = sizeof stacks[thread];
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, enter, 0);
   }
   std::vector<uint32_t> order(threads / 32);
   for (uint32_t w = 0; w < order.size(); ++w) order[w] = w;
-  const uint32_t mood = dice() % 3;  // some warps are slow
+  const uint32_t mood = dice() % 3;       // some warps are slow
+  const uint32_t haste = 1 + dice() % 3;  // so is the copy engine
   uint64_t before = progress;
   for (uint32_t still = 0;; still = progress == before ? still + 1 : 0, before = progress) {
     if (still > 2000) fail("everybody waits");
@@ -357,14 +397,14 @@ void run_block(uint32_t index, uint32_t threads) {
         threadIdx.x = thread;
       }
     }
-    while (!boxes.empty() && dice() % 4 == 0) {
-      const size_t which = dice() % boxes.size();
-      boxes[which]();
-      boxes.erase(boxes.begin() + static_cast<std::ptrdiff_t>(which));
+    while (!pieces.empty() && dice() % 4 < haste) {
+      const size_t which = dice() % pieces.size();
+      pieces[which]();
+      pieces.erase(pieces.begin() + static_cast<std::ptrdiff_t>(which));
     }
     if (!any) break;
   }
-  if (!boxes.empty()) fail("a box that nobody waited for");
+  if (!pieces.empty()) fail("a copy that nobody waited for");
 }
 
 // ---- A problem ----------------------------------------------------------------------------------
@@ -376,14 +416,19 @@ struct Given {
   uint32_t least = 1;     // smaller magnitudes are left out
   uint32_t shift = 0;     // values begin so many after a multiple of 16 bytes
   double present = 1;     // the share of them that there is room for
+  uint32_t word = 0;      // so do words
 };
 
 template <typename C>
 void check(const Given& of, uint32_t x_stages, uint32_t dy_stages) {
   const uint64_t n = static_cast<uint64_t>(of.pixels) * of.in;
   // Whole numbers from 1 to 4, of either sign: sums are exact.
+  const uint32_t words = static_cast<uint32_t>((n + 31) / 32);
   std::vector<uint16_t> x(n, 0), dy(static_cast<uint64_t>(of.pixels) * of.out), kept;
-  std::vector<uint32_t> bitmap((n + 31) / 32, 0), offsets;
+  std::vector<uint32_t> space(words + 7, 0), offsets;
+  uint32_t* bitmap = space.data();
+  while (reinterpret_cast<uintptr_t>(bitmap) % 16 != 0) ++bitmap;
+  bitmap += of.word;
   for (uint64_t i = 0; i < n; ++i) {
     if (i % kTileValues == 0) offsets.push_back(static_cast<uint32_t>(kept.size()));
     // One unit is kept as a whole: it does not fit into a slot.
@@ -408,17 +453,16 @@ void check(const Given& of, uint32_t x_stages, uint32_t dy_stages) {
   Problem problem = {};
   const uint32_t sums = of.in * of.out;
   std::vector<float> partial(static_cast<uint64_t>(of.splits) * sums, NAN);
-  problem.values = values, problem.bitmap = bitmap.data(), problem.offsets = offsets.data();
+  problem.values = values, problem.bitmap = bitmap, problem.offsets = offsets.data();
   problem.partial = partial.data(), problem.pixels = of.pixels, problem.in = of.in, problem.out = of.out;
-  problem.capacity = capacity, problem.words = static_cast<uint32_t>(bitmap.size());
+  problem.capacity = capacity, problem.words = words;
   problem.splits = of.splits, problem.x_stages = x_stages, problem.dy_stages = dy_stages;
   if (!takes<C>(of.in, of.out)) fail("these channels are not taken");
   // Little room, so that the unit that is kept as a whole does not fit.
-  const uint32_t room = C::kHalf ? 640 : 512;
-  if (!fit<C>(problem, Shared<C>(x_stages, dy_stages, room).bytes)) fail("no room");
-  if (problem.room != room || problem.x_stages != x_stages) fail("another cut than was asked for");
-  memory = {values, bitmap.data(), offsets.data(), capacity,  bitmap.size(), offsets.size(),
-            dy.data(), of.pixels,   of.out,         C::P};
+  if (!fit<C>(problem, Shared<C>(x_stages, dy_stages, C::kLeastRoom).bytes)) fail("no room");
+  if (problem.room != C::kLeastRoom || problem.x_stages != x_stages) fail("another cut than was asked for");
+  memory = {values, bitmap, offsets.data(), capacity, words, offsets.size(), dy.data(), of.pixels, of.out,
+            C::P};
   body = [&] { make_part<C>(problem, nullptr, of.least, 1024); };
   for (uint32_t b = 0; b < Part<C>::blocks_of(problem) * of.splits; ++b) run_block(b, C::kThreads);
 
@@ -438,8 +482,8 @@ void check(const Given& of, uint32_t x_stages, uint32_t dy_stages) {
       }
     }
   }
-  std::printf("%u x %u, chunks of %u: %u pixels, %u -> %u, %.0f %%\n", C::X, C::Y, C::P, of.pixels, of.in,
-              of.out, 100 * of.share);
+  std::printf("%u x %u, chunks of %u, passes %u: %u pixels, %u -> %u, %.0f %%\n", C::X, C::Y, C::P,
+              C::kPasses, of.pixels, of.in, of.out, 100 * of.share);
   std::fflush(stdout);
 }
 
@@ -449,17 +493,20 @@ struct T {};
 
 int main() {
   const uint32_t two = narrow(2.f);
+  // As in launch_tile of sparse_conv_hopper.cu, but for the number of tiles in shared memory.
   check<Cut<T, 64, 64, true, 64, 3>>({1003, 64, 64, 0.1, 1, 1, 3}, 2, 2);
-  check<Cut<T, 64, 64, true, 64, 3>>({300, 96, 72, 0.2, 9, two, 6}, 2, 3);  // more splits than chunks
+  check<Cut<T, 64, 64, true, 64, 3>>({200, 96, 72, 0.2, 5, two, 6}, 2, 3);  // more splits than chunks
+  check<Cut<T, 64, 64, true, 64, 3>>({4400, 32, 8, 0.1, 1, 1, 2}, 2, 2);    // 35 units for a warp
   check<Cut<T, 64, 64, true, 64, 3>>({700, 32, 64, 0.2, 1, 1, 2}, 3, 2);
-  check<Cut<T, 64, 256, true, 32, 3>>({603, 64, 256, 0.1, 1, two, 1}, 6, 4);
-  check<Cut<T, 128, 128, true, 64, 2>>({500, 128, 128, 0.3, 2, two, 5}, 2, 2);
-  check<Cut<T, 128, 256, true, 32, 2>>({420, 128, 256, 0.1, 1, 1, 2}, 2, 2);
-  check<Cut<T, 256, 64, false, 64, 3>>({1003, 256, 64, 0.1, 1, two, 1}, 2, 3);
-  check<Cut<T, 256, 64, false, 64, 3>>({700, 256, 64, 0.2, 1, two, 4, 0.6}, 3, 2);
-  check<Cut<T, 256, 64, false, 64, 3>>({300, 320, 128, 0.2, 2, 1, 4}, 2, 2);
-  check<Cut<T, 256, 128, false, 64, 2>>({300, 192, 128, 0.4, 1, 1, 4}, 2, 2);
-  check<Cut<T, 256, 128, false, 32, 3, true>>({403, 512, 128, 0.1, 2, two, 7}, 2, 2);
-  check<Cut<T, 256, 128, false, 32, 3, true>>({303, 512, 64, 0.1, 1, 1, 6, 0.5}, 3, 2);
+  check<Cut<T, 64, 256, true, 32, 3>>({403, 64, 256, 0.1, 1, two, 1}, 6, 4);
+  check<Cut<T, 128, 128, true, 64, 2>>({300, 128, 128, 0.2, 2, two, 5, 1, 3}, 2, 2);
+  check<Cut<T, 128, 256, true, 32, 2>>({300, 128, 256, 0.1, 1, 1, 2}, 2, 2);
+  check<Cut<T, 256, 64, false, 64, 4, false, 2>>({803, 256, 64, 0.1, 1, two, 1}, 4, 2);
+  check<Cut<T, 256, 64, false, 64, 4, false, 2>>({500, 256, 64, 0.1, 1, two, 4, 0.6, 1}, 3, 2);
+  check<Cut<T, 256, 64, false, 64, 4, false, 2>>({300, 320, 64, 0.1, 2, 1, 4}, 2, 2);
+  check<Cut<T, 256, 64, false, 64, 4>>({300, 288, 64, 0.2, 2, 1, 4}, 4, 2);
+  check<Cut<T, 256, 128, false, 64, 2>>({300, 192, 128, 0.2, 1, 1, 4}, 2, 2);
+  check<Cut<T, 256, 128, false, 32, 3, true>>({203, 512, 128, 0.1, 2, two, 7}, 2, 2);
+  check<Cut<T, 256, 128, false, 32, 3, true>>({170, 512, 64, 0.1, 1, 1, 6, 0.5}, 3, 2);
   std::printf("everything as by naive loops\n");
 }

@@ -311,21 +311,39 @@ FAULTS = {
 
 HOPPER_FAULTS = {
     "nothing": ("", ""),
-    "a tile of x that is still read": ("      wait_for_stage();\n", ""),
+    "a tile of x that is still read": ("        if (pass == 0) wait_for_stage();\n", ""),
     "a tile of x of the turn before": ("(stage.turn - 1) & 1", "stage.turn & 1"),
     "more chunks at once than there are tiles": (
         "min(C::kUnpackers, units_of_chunk * problem.x_stages)", "C::kUnpackers"
     ),
-    "copied values that are not waited for": ("copies_wait<2>()", "copies_wait<3>()"),
+    "copied values that are not waited for": (
+        "    barrier_wait(arrivals + 8 * slot.at, slot.turn & 1);\n", ""
+    ),
+    "copied values of the turn before": ("slot.turn & 1", "(slot.turn - 1) & 1"),
+    "bytes that are not counted": ("barrier_expect(arrival, bytes_of_words + bytes)",
+                                   "barrier_expect(arrival, bytes)"),
     "stores that no fence follows": ("    fence_stores();\n", ""),
-    "channels of another block": ("if (!is_own[w]) bits[w] = 0;", ""),
+    "channels of another block": ("is_own[w] ? read[0][w] : 0", "read[0][w]"),
     "values of another half": ("+ block * kWords +", "+"),
+    "values of 32 units before": ("      now = next;\n", ""),
+    "a slot that is still read": ("slot.at == 0 ? kSlots - 1 : slot.at - 1", "slot.at"),
+    "copies of more than there is": ("end > whole) end = whole", "false) end = whole"),
+    "copies of words from anywhere": ("is_whole = is_even && ", "is_whole = "),
     "dY that is not waited for": ("    barrier_wait(y_full + 8 * y.at, y.turn & 1);\n", ""),
     "products that are not waited for": ("wgmma_wait<1>()", "wgmma_wait<2>()"),
+    "registers that products still read": (
+        "wgmma_wait<0>();\n      give_back", "wgmma_wait<1>();\n      give_back"
+    ),
     "another pattern of x": ("pixel % 8 * 16", "pixel % 4 * 16"),
     "another order of operands": ("kStride = 1024", "kStride = 512"),
-    "values before their rank": ("ranks[w] + counts[w]) - 2", "ranks[w]) - 2"),
-    "values beyond the last": ("s < left[w] && rank < problem.capacity", "s < left[w]"),
+    "another order in registers": ("lane / 16 * 8 + lane % 8", "lane / 8 % 2 * 8 + lane % 8"),
+    "places of another pass": (
+        "      if (!are_alike) find_places(in_chunk * C::kPasses + pass);\n", ""
+    ),
+    "values before their rank": ("near + 2 * ranks[w]", "near"),
+    "values of the pass before": ("      passed = total;\n", ""),
+    "values that are moved too little": ("first % 4 * 8", "first % 2 * 8"),
+    "values beyond the last": ("&& rank < problem.capacity", ""),
 }  # fmt: skip
 KERNELS = {"sparse_conv": FAULTS, "sparse_conv_hopper": HOPPER_FAULTS}
 
