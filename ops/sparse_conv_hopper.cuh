@@ -108,18 +108,16 @@ struct Cut {
   static constexpr uint32_t kXBytes = X * P * 2, kYBytes = Y * P * 2;
   // Registers for a thread, of 64 K: what it starts with, and what it then has.
   static constexpr uint32_t kStart = 65536 / kThreads / 8 * 8;
-  static constexpr uint32_t kProduces = kConsumerGroups == 2   ? (kProducerGroups == 3 ? 48 : 80)
-                                        : kProducerGroups == 4 ? 72
-                                                               : (kProducerGroups == 3 ? 96 : 128);
-  static constexpr uint32_t kLeft =
-      (kStart * (kConsumerGroups + kProducerGroups) - kProduces * kProducerGroups) / kConsumerGroups;
-  static constexpr uint32_t kConsumes = kLeft > 240 ? 240 : kLeft / 8 * 8;
-  // Columns of one `wgmma`. Its sums have to fit into the registers that a thread starts with.
+  static constexpr uint32_t kProduces = kConsumerGroups == 2 ? (kProducerGroups == 2 ? 80 : 48)
+                                                             : (kProducerGroups == 3 ? 96 : 72);
+  static constexpr uint32_t kConsumes =
+      (kStart * (kConsumerGroups + kProducerGroups) - kProduces * kProducerGroups) / kConsumerGroups / 8 * 8;
+  // Columns of one `wgmma`. Its sums have to fit into the registers that a thread starts with: twice as
+  // many would need 160.
   static constexpr uint32_t kEach = N > 128 ? 128 : N;
   // Values of a unit that there has to be room for: what 10 % makes, and a good part more.
   static constexpr uint32_t kLeastRoom = kTilesOfUnit == 2 ? 600 : 512;
-  static_assert(kConsumes * kConsumerGroups + kProduces * kProducerGroups <=
-                kStart * (kConsumerGroups + kProducerGroups));
+  static_assert(kProduces <= kStart && kStart <= kConsumes && kConsumes <= 240 && kStart < 160);
   static_assert(M % 64 == 0 && N % kEach == 0 && X % 64 == 0 && Y % 64 == 0 && P % 16 == 0);
   static_assert(kTilesOfUnit <= 2);
 };
