@@ -1,7 +1,7 @@
-// Instructions that only Hopper has, and others that C++ has no word for: barriers in shared memory, the
+// Instructions that only Hopper has, and others that only its kernel uses: barriers in shared memory, the
 // copy engine, loads and stores by address, `wgmma`. A function for each, and nothing of what a kernel
 // makes of them. Where SWAT_EMULATE is defined (tests/emulate_sparse_conv_hopper.cpp) the same functions
-// for a CPU are there already.
+// for a CPU are there already, with those of instructions.cuh.
 
 #pragma once
 
@@ -13,12 +13,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "instructions.cuh"
+
 namespace swat {
 namespace hopper {
-
-__device__ __forceinline__ uint32_t shared_address(const void* of) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(of));
-}
 
 // Barriers in shared memory.
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
@@ -70,9 +68,6 @@ __device__ __forceinline__ void copy_parts(uint32_t to, const void* from, uint32
       : "memory");
 }
 
-__device__ __forceinline__ void store_word(uint32_t to, uint32_t word) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
-}
 __device__ __forceinline__ uint32_t load_word(uint32_t from) {
   uint32_t value;
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(from));
@@ -95,13 +90,6 @@ __device__ __forceinline__ uint32_t move_down(uint32_t low, uint32_t high, uint3
   uint32_t moved;
   asm("shf.r.wrap.b32 %0, %1, %2, %3;" : "=r"(moved) : "r"(low), "r"(high), "r"(bits));
   return moved;
-}
-__device__ __forceinline__ uint32_t load_global_if(bool condition, const uint16_t* from) {
-  uint32_t value;
-  asm volatile("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u16 %0, [%2]; }"
-               : "=&r"(value)
-               : "r"(static_cast<uint32_t>(condition)), "l"(from));
-  return value;
 }
 __device__ __forceinline__ void clear_part(uint32_t to) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0));
@@ -156,14 +144,6 @@ __device__ __forceinline__ void wgmma_commit() {
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
-// The left operand of 16 pixels and a warp's 16 channels, from where they lie: lane l says where the
-// eight channels l / 8 % 2 of pixel l / 16 * 8 + l % 8 are.
-__device__ __forceinline__ void load_left(uint32_t (&to)[4], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from)
-               : "memory");
 }
 template <uint32_t N>
 struct Wgmma;

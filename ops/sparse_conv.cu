@@ -7,8 +7,9 @@
 #include <algorithm>
 #include <limits>
 
-#include "packing.cuh"
+#include "instructions.cuh"
 #include "launch_on_hopper.cuh"
+#include "packing.cuh"
 
 namespace swat {
 namespace {
@@ -69,19 +70,14 @@ struct Gpu {
 #endif
   }
   static __device__ __forceinline__ uint32_t load(const uint32_t* from) { return __ldg(from); }
-  // As branches the conditions would cost several times as much.
   static __device__ __forceinline__ uint32_t load_if(bool condition, const uint16_t* from) {
-    uint32_t value;
-    asm("{ .reg .pred p; setp.ne.u32 p, %1, 0; mov.u32 %0, 0; @p ld.global.nc.u16 %0, [%2]; }"
-        : "=&r"(value)
-        : "r"(static_cast<uint32_t>(condition)), "l"(from));
-    return value;
+    return load_value_if(condition, from);
   }
   static __device__ __forceinline__ uint32_t take(const uint16_t* from) {
     uint32_t value;
     asm volatile("{ .reg .u16 h; ld.shared.u16 h, [%1]; cvt.u32.u16 %0, h; }"
                  : "=r"(value)
-                 : "r"(address(from))
+                 : "r"(shared_address(from))
                  : "memory");
     return value;
   }
@@ -90,7 +86,7 @@ struct Gpu {
     asm volatile(
         "{ .reg .pred p; setp.ne.u32 p, %0, 0; @p st.shared.u16 [%1], %2; }" ::"r"(
             static_cast<uint32_t>(condition)),
-        "r"(address(to) + 2 * index), "r"(value)
+        "r"(shared_address(to) + 2 * index), "r"(value)
         : "memory");
   }
   static __device__ __forceinline__ void store(float* to, float first, float second) {
@@ -105,7 +101,7 @@ struct Gpu {
   static __device__ __forceinline__ void copy_part(uint16_t* to, const uint16_t* from,
                                                    uint32_t bytes) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(bytes)
                  : "memory");
 #endif
@@ -114,7 +110,7 @@ struct Gpu {
   static __device__ __forceinline__ void copy_word(uint32_t* to, const uint32_t* from,
                                                    bool is_there) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from),
                  "r"(is_there ? 4 : 0)
                  : "memory");
 #endif
@@ -137,33 +133,12 @@ struct Gpu {
       default: return wait_for<0>();
     }
   }
-  // Four matrices of 8 x 8 values, transposed; lane l says where row l % 8 of matrix l / 8 begins.
   static __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const uint16_t* from) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address(from))
-                 : "memory");
-#endif
+    swat::load_matrices(to, shared_address(from));
   }
-  // 16 x 8 sums += 16 x 16 values times 16 x 8 values.
   static __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left)[4],
                                                   uint32_t low, uint32_t high) {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (std::is_same_v<T, __half>) {
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-          "{%8, %9}, {%0, %1, %2, %3};"
-          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-          : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(low), "r"(high));
-    } else {
-      asm volatile(
-          "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-          "{%8, %9}, {%0, %1, %2, %3};"
-          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-          : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(low), "r"(high));
-    }
-#endif
+    multiply_matrices<T>(sums, left, low, high);
   }
 
  private:
@@ -172,9 +147,6 @@ struct Gpu {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 #endif
-  }
-  static __device__ __forceinline__ unsigned address(const void* shared) {
-    return static_cast<unsigned>(__cvta_generic_to_shared(shared));
   }
 };
 

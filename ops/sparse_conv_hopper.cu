@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ uint4 dynamic[];  // as in the other files, which tests/gpu puts together
   hopper::make_part<C>(problem, &map, Limit<typename C::T>(*least).least,
-                       (hopper::shared_address(dynamic) + 1023) / 1024 * 1024);
+                       (shared_address(dynamic) + 1023) / 1024 * 1024);
 #endif
 }
 

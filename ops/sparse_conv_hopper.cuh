@@ -111,7 +111,7 @@ __device__ __forceinline__ void multiply(const Problem& problem, const Part<C>& 
       const uint32_t from = left_at + y.at * C::kYBytes;
       uint32_t left[C::P / 16][4];
 #pragma unroll
-      for (uint32_t k = 0; k < C::P / 16; ++k) load_left(left[k], from + k * 16 * 128);
+      for (uint32_t k = 0; k < C::P / 16; ++k) load_matrices(left[k], from + k * 16 * 128);
       wgmma_fence();
 #pragma unroll
       for (uint32_t k = 0; k < C::P / 16; ++k) {

@@ -300,7 +300,7 @@ __device__ __forceinline__ void unpack(const Problem& problem, const Part<C>& pa
               // A bitmap that promises too much stays in bounds: what is not there is below `least`.
               const uint32_t rank = begin + ranks[w] + g + s;
               const bool is_there = g + s < counts[w] && rank < problem.capacity;
-              values[s][w] = load_global_if(is_there, problem.values + rank);
+              values[s][w] = load_value_if(is_there, problem.values + rank);
             }
           }
 #pragma unroll

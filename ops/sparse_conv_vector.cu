@@ -8,6 +8,7 @@
 
 #include "blocks.cuh"
 #include "handlers.cuh"
+#include "instructions.cuh"
 
 namespace swat {
 namespace {
@@ -33,7 +34,7 @@ struct VectorGpu {
     return __match_any_sync(kFullWarp, value);
   }
   static __device__ __forceinline__ uint32_t address(const void* shared) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+    return shared_address(shared);
   }
   template <typename Value>
   static __device__ __forceinline__ void write(Value* to, Value value) {
@@ -77,33 +78,14 @@ struct VectorGpu {
     return result;
   }
   static __device__ __forceinline__ void store_word(uint32_t to, uint32_t word) {
-    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
+    swat::store_word(to, word);
   }
-  // Four matrices of 8 x 8 values, transposed; lane l says where row l % 8 of matrix l / 8 begins.
   static __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t from) {
-#if __CUDA_ARCH__ >= 800
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(from)
-                 : "memory");
-#endif
+    swat::load_matrices(to, from);
   }
-  // 16 x 8 sums += 16 x 16 values times 16 x 8 values.
   static __device__ __forceinline__ void multiply(float (&sums)[4], const uint32_t (&left)[4],
                                                   uint32_t low, uint32_t high) {
-#if __CUDA_ARCH__ >= 800
-    if constexpr (std::is_same_v<T, __half>) {
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-          "{%8, %9}, {%0, %1, %2, %3};"
-          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-          : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(low), "r"(high));
-    } else {
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-          "{%8, %9}, {%0, %1, %2, %3};"
-          : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-          : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(low), "r"(high));
-    }
-#endif
+    multiply_matrices<T>(sums, left, low, high);
   }
   // Two values of 16 bits, the first one low.
   static __device__ __forceinline__ uint32_t narrow(float first, float second) {

@@ -227,7 +227,7 @@ Four load_four(uint32_t from) {
 uint32_t move_down(uint32_t low, uint32_t high, uint32_t bits) {
   return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> bits % 32);
 }
-uint32_t load_global_if(bool condition, const uint16_t* from) {
+uint32_t load_value_if(bool condition, const uint16_t* from) {
   if (!condition) return 0;
   if (from < memory.values || from >= memory.values + memory.capacity) fail("a value out of bounds");
   return *from;
@@ -283,7 +283,7 @@ void wgmma_wait() {
 }
 // Lane l gets values l % 4 * 2 and the next of column l / 4 of four matrices, whose rows of eight lanes
 // say where they are: "transposed".
-void load_left(uint32_t (&to)[4], uint32_t from) {
+void load_matrices(uint32_t (&to)[4], uint32_t from) {
   Meeting& warp = own_warp();
   const uint64_t* const rows = warp.values[meet(warp, from)];
   const uint32_t lane = threadIdx.x % 32;
