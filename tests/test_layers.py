@@ -11,6 +11,7 @@ from flax import nnx
 
 from swat_jax.activations import Activation
 from swat_jax.errors import UsageError
+from swat_jax.kernels import choice
 from swat_jax.layers import (
     ActivationThreshold,
     MeasuredSparsity,
@@ -563,6 +564,31 @@ def test_a_budget_never_outgrows_its_room(announced, keep):
     (measured,) = jax.tree.leaves(nnx.state(layer, MeasuredSparsity))
     kept = -(-keep * x.size // K_SIZE)
     np.testing.assert_allclose(measured[1:], [1 - kept / x.size, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("made_by", ["norm", "branch", "the layer"])
+def test_what_is_measured_has_no_gradient(made_by, monkeypatch):
+    """Kernels have none: on a GPU the gradient of a layer that measures would end in an error."""
+    layer = conv_layer(weight_sparsity=0.7, activation_sparsity=0.9, pack=True)
+    norm = BatchNormRelu(X_SHAPE[-1], rngs=nnx.Rngs(1))
+
+    def loss(layer, norm, x):
+        if made_by == "norm":
+            x = norm(x, readers=[layer]).readers[0]
+        elif made_by == "branch":
+            x = branch(x, readers=[layer]).readers[0]
+        return jnp.sum(layer(x) ** 2)
+
+    def gradients():
+        x = jax.random.normal(jax.random.key(0), X_SHAPE)
+        return jax.tree.leaves(nnx.jit(nnx.grad(loss, argnums=(0, 2)))(layer, norm, x))
+
+    expected = gradients()
+    monkeypatch.setattr(choice, "has_kernel", lambda *_: True)  # traced, and not run on a CPU
+    layer.measure = True
+    for found, wanted in zip(gradients(), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+    assert jax.tree.leaves(nnx.state(layer, MeasuredSparsity))
 
 
 # ---------- Refusals ----------
