@@ -40,7 +40,8 @@ METHODS: dict[str, Method] = {
     "u80": Method("u80"),
     "u80 exact": Method("u80", _EXACT),
     "u90": Method("u90"),
-    # By what `swat_jax.tune` measured on this machine; all others take the plain way.
+    # The default: by the package's table, and what `swat_jax.tune` measured on this machine. All
+    # others here take the plain way.
     "u90, tuned": Method("u90", {"sparsity.algorithms": "tuned"}),
     "u90 exact": Method("u90", _EXACT),
     "erk90": Method("erk90"),

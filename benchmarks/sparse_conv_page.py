@@ -5,6 +5,7 @@ python benchmarks/sparse_conv_page.py --check    # only says whether the page is
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ PAGE = results.ROOT / "docs/sparse_convolutions.md"
 BEGIN = "<!-- benchmarks/sparse_conv_page.py writes {} -->\n"
 SPARSITIES = (70, 80, 90)
 FORWARD = "batch 512, forward, lists included."
+SINGLE_WEIGHTS = ("forward", "input_gradient", "forward_resnet50")
 
 
 def timings(
@@ -74,8 +76,8 @@ def weight_gradient() -> list[str]:
 
 
 def tuned() -> list[str]:
-    """What `swat_jax.tune` found for the weight gradients of a ResNet-50's first two stages."""
-    found = results.read("sparse_conv_tuned_h200")
+    """Of the table that comes with the package: weight gradients, timed by `swat_jax.tune`."""
+    found = json.loads((results.ROOT / "swat_jax/tables/nvidia_h200.json").read_text())
     lines = [
         f"{found['device'].removeprefix('NVIDIA ')}, {found['made_with']['date']}; milliseconds.",
         "",
@@ -83,27 +85,37 @@ def tuned() -> list[str]:
         "|---|---:|---:|---|---:|",
     ]
     for name, ops in found["layers"].items():
-        times = ops["weight_gradient"]
-        plain, here = (times["milliseconds"][one] for one in ("dense", times["chosen"]))
+        times = dict(ops["weight_gradient"]["milliseconds"])
+        plain = times.pop("dense")
+        best = min(times, key=times.__getitem__)
+        gain = f"{plain / times[best]:.2f}"
+        is_chosen = ops["weight_gradient"]["chosen"] == best
         cells = (
             name.partition(",")[0].removeprefix("conv "),
-            *(f"{plain:.3f}", f"{here:.3f}", times["chosen"].partition(":")[2]),
-            f"{plain / here:.2f}",
+            *(f"{plain:.3f}", f"{times[best]:.3f}", best.partition(":")[2]),
+            f"**{gain}**" if is_chosen else gain,
         )
         lines.append(results.line_of(*cells))
     return lines
 
 
-def forward() -> list[str]:
-    """Of single weights in true float32; the marks are twice cuDNN's rate, four times at 97 %."""
+def single_weights() -> list[str]:
+    """In true float32; the marks are twice cuDNN's rate, four times at 97 %."""
 
     def cells(row: Mapping[str, Any]) -> Sequence[Any]:
         times = formatted(row, ("dense", "tf32", "compact", "sparse", "floor"), digits=2)
         mark = 4 if row["sparsity"] >= 0.97 else 2
-        return row["name"], f"{row['sparsity']:.0%}", *times, ratio(row, "dense", mark)
+        product = row["op"].replace("_", " ")
+        start = (product, row["batch"], row["name"], f"{row['sparsity']:.0%}")
+        return *start, *times, ratio(row, "dense", mark)
 
-    columns = ("conv", "zeros", "cuDNN", "cuDNN, TF32", "lists", "here", "floor", "cuDNN : here")
-    return timings(results.read("sparse_conv_forward_h200"), FORWARD, columns, cells)
+    files = [results.read(f"sparse_conv_{name}_h200") for name in SINGLE_WEIGHTS]
+    found = {**files[0], "convs": [row for file in files for row in file["convs"]]}
+    columns = (
+        *("product", "images", "conv", "zeros", "cuDNN", "cuDNN, TF32", "lists", "here", "floor"),
+        "cuDNN : here",
+    )
+    return timings(found, "lists included.", columns, cells)
 
 
 def vector_times() -> list[str]:
@@ -150,7 +162,7 @@ def vectors() -> list[str]:
     return lines
 
 
-TABLES = (weight_gradient, tuned, forward, vector_times, vectors)
+TABLES = (weight_gradient, tuned, single_weights, vector_times, vectors)
 
 
 def main() -> int:
