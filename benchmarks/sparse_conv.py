@@ -30,7 +30,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ from swat_jax.convolution import Convolution
 from swat_jax.layer_table import network_table
 from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import packing, top_k
-from swat_jax.timing import COUNT, REPEATS, milliseconds
+from swat_jax.timing import COUNT, REPEATS, milliseconds, timer
 
 # Images of a step, and what they are: those of docs/performance.md.
 NETWORKS: dict[str, tuple[int, int, int]] = {
@@ -142,33 +142,35 @@ def product_rate(size: int) -> float:
 
 
 def measure(
-    problem: Problem, sparsity: float, every_tile: bool, rates: tuple[float, float], idle: float
-) -> dict[str, Any]:
-    """One line of the table.
+    problem: Problem,
+    sparsities: Sequence[float],
+    every_tile: bool,
+    rates: tuple[float, float],
+    idle: float,
+) -> Iterator[dict[str, Any]]:
+    """Lines of the table, one for each sparsity; all run the same compiled programs.
 
     Args:
       problem: the conv.
-      sparsity: of the packed input.
+      sparsities: of the packed input, for which there is room at the least of them.
       every_tile: whether all tiles are timed.
       rates: bytes and operations per millisecond.
       idle: milliseconds of a turn of a loop without work.
     """
     conv, window = problem.conv, problem.window
     shape = (problem.batch, *problem.size, problem.channels[0])
+    size = math.prod(shape)
     kernel = jax.ShapeDtypeStruct((*window, *problem.channels), jnp.bfloat16)
-    keep = top_k.keep_count(sparsity, math.prod(shape))
-    room = packing.capacity(keep, math.prod(shape))
+    room = packing.capacity(top_k.keep_count(min(sparsities), size), size)
 
     @jax.jit
-    def make() -> Any:
+    def make(keep: jax.Array) -> Any:
         keys = jax.random.split(jax.random.key(0), 2)
         x = jax.nn.relu(jax.random.normal(keys[0], shape, jnp.bfloat16))
         dy = jax.random.normal(keys[1], (problem.batch, *problem.result, problem.channels[1]))
         limit = kernels.threshold(x, keep).astype(jnp.float32)
         packed = kernels.pack(x, limit, room)
         return kernels.sparsify(x, limit), packed, limit, dy.astype(jnp.bfloat16)
-
-    x, packed, limit, dy = make()
 
     def dense(x: Any, dy: Any) -> Any:
         return jax.linear_transpose(lambda value: conv(x, value), kernel)(dy)[0]
@@ -179,7 +181,8 @@ def measure(
     def sparse(cut: Cut, packed: Any, limit: Any, dy: Any) -> Any:
         return kernels.sparse_conv_weight_gradient(packed, limit, dy, conv, window, cut)
 
-    chosen, *others = sparse_convolution.cuts(conv, shape, dy.shape, window)
+    result = (problem.batch, *problem.result, problem.channels[1])
+    chosen, *others = sparse_convolution.cuts(conv, shape, result, window)
 
     @jax.jit
     def error(x: Any, packed: Any, limit: Any, dy: Any) -> jax.Array:
@@ -187,32 +190,38 @@ def measure(
         difference = sparse(chosen, packed, limit, dy) - expected
         return jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))
 
-    none = packing.pack(jnp.zeros(shape, jnp.bfloat16), 1.0, 8)
-    times = {"dense": milliseconds(dense, x, dy) - idle}
-    call = functools.partial(sparse, chosen)
-    times["nothing"] = milliseconds(call, none, limit, dy) - idle
-    times["unpack"] = milliseconds(unpacked, packed, limit, dy) - idle
-    cuts = {}
-    for cut in (chosen, *others) if every_tile else (chosen,):
-        call = functools.partial(sparse, cut)
-        cuts[cut.name] = milliseconds(call, packed, limit, dy) - idle
-    compact = 2 * keep + math.prod(shape) / 8 + 4 * math.prod(shape) / packing.TILE
-    moved = compact + 2 * dy.size + 4 * math.prod(kernel.shape)
-    floors = (moved / rates[0], problem.operations / rates[1])
-    return {
-        **dataclasses.asdict(problem),
-        "name": problem.name,
-        "sparsity": sparsity,
-        **{f"{name}_ms": ms for name, ms in times.items()},
-        "sparse_ms": cuts[chosen.name],
-        "cut": chosen.name,
-        "cuts_ms": cuts,
-        "bytes": moved,
-        "operations": problem.operations,
-        "floor_ms": max(floors),
-        "floor_is": "bytes" if floors[0] > floors[1] else "operations",
-        "error": float(error(x, packed, limit, dy)),
+    of_dense, of_unpacked = timer(dense), timer(unpacked)
+    of_cuts = {
+        cut.name: timer(functools.partial(sparse, cut))
+        for cut in ((chosen, *others) if every_tile else (chosen,))
     }
+    none = packing.pack(jnp.zeros(shape, jnp.bfloat16), 1.0, 8)
+    for sparsity in sparsities:
+        keep = top_k.keep_count(sparsity, size)
+        x, packed, limit, dy = make(jnp.int32(keep))
+        times = {
+            "dense": of_dense(x, dy)[0] - idle,
+            "nothing": of_cuts[chosen.name](none, limit, dy)[0] - idle,
+            "unpack": of_unpacked(packed, limit, dy)[0] - idle,
+        }
+        cuts = {name: of_cut(packed, limit, dy)[0] - idle for name, of_cut in of_cuts.items()}
+        compact = 2 * keep + size / 8 + 4 * size / packing.TILE
+        moved = compact + 2 * dy.size + 4 * math.prod(kernel.shape)
+        floors = (moved / rates[0], problem.operations / rates[1])
+        yield {
+            **dataclasses.asdict(problem),
+            "name": problem.name,
+            "sparsity": sparsity,
+            **{f"{name}_ms": ms for name, ms in times.items()},
+            "sparse_ms": cuts[chosen.name],
+            "cut": chosen.name,
+            "cuts_ms": cuts,
+            "bytes": moved,
+            "operations": problem.operations,
+            "floor_ms": max(floors),
+            "floor_is": "bytes" if floors[0] > floors[1] else "operations",
+            "error": float(error(x, packed, limit, dy)),
+        }
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
@@ -237,7 +246,9 @@ def main(arguments: list[str] | None = None) -> None:
     masks = ("unstructured", "channel")
     parser.add_argument("--granularity", default=masks[0], choices=masks, help="of sparse weights")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS)
-    parser.add_argument("--all", action="store_true", help="all windows of all networks")
+    parser.add_argument(
+        "--all", action="store_true", help="all windows, and by default all networks"
+    )
     parser.add_argument("--tiles", action="store_true", help="other tiles too")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--batch", type=int, help="images; default: those of the step table")
@@ -271,30 +282,28 @@ def main(arguments: list[str] | None = None) -> None:
     is_weights = options.op in sparse_weights.OPS
     print(sparse_weights.HEADER if is_weights else HEADER)
     networks = ["imagenet_resnet50", "wrn16_8"] if is_weights else ["imagenet_resnet50"]
-    networks = list(NETWORKS) if options.all else options.networks or networks
+    networks = options.networks or (list(NETWORKS) if options.all else networks)
     chosen = problems(networks, options.all or is_weights, options.batch)
     dtype = jnp.dtype(options.dtype)
     if is_weights:
         chosen = [one for one in chosen if sparse_weights.takes(one, options.op, dtype)]
         chosen.sort(key=lambda one: not sparse_weights.is_mark(one))
     for problem in chosen[: options.first]:
-        for sparsity in options.sparsity:
+        if is_weights:
+            rows = sparse_weights.measure(
+                problem, options.op, dtype, options.sparsity, options.tiles, rates[0], idle,
+                options.granularity,
+            )  # fmt: skip
+        else:
+            rows = measure(problem, options.sparsity, options.tiles, rates, idle)
+        for row in rows:
+            found["convs"].append(row)
+            print(*(sparse_weights.lines if is_weights else lines)(row), sep="\n", flush=True)
+            if options.output:
+                pathlib.Path(options.output).write_text(json.dumps(found, indent=2) + "\n")
             if time.perf_counter() - start > options.seconds:
                 print(f"{options.seconds} s are over", file=sys.stderr)
                 return
-            if is_weights:
-                row = sparse_weights.measure(
-                    problem, options.op, dtype, sparsity, options.tiles,
-                    lambda *call: milliseconds(*call) - idle, rates[0], options.granularity,
-                )  # fmt: skip
-                text = sparse_weights.lines(row)
-            else:
-                row = measure(problem, sparsity, options.tiles, rates, idle)
-                text = lines(row)
-            found["convs"].append(row)
-            print(*text, sep="\n", flush=True)
-            if options.output:
-                pathlib.Path(options.output).write_text(json.dumps(found, indent=2) + "\n")
     print(f"{time.perf_counter() - start:.0f} s")
 
 

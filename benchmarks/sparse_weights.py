@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from swat_jax import kernels, sparse_conv_direct
 from swat_jax.sparse_conv_direct import Cut
 from swat_jax.sparsity import compact, top_k
 from swat_jax.sparsity.granularity import masked_weights, units, weight_threshold
+from swat_jax.timing import timer
 
 OPS = ("forward", "input_gradient")
 # Bytes per millisecond that 132 multiprocessors load from shared memory at 1.755 GHz.
@@ -61,39 +62,36 @@ def measure(
     problem: Any,
     op: str,
     dtype: Any,
-    sparsity: float,
+    sparsities: Sequence[float],
     every_tile: bool,
-    milliseconds: Callable[..., float],
     copy_rate: float,
+    idle: float,
     granularity: str = "unstructured",
-) -> dict[str, Any]:
-    """One line of the table.
+) -> Iterator[dict[str, Any]]:
+    """Lines of the table, one for each sparsity; all run the same compiled programs.
 
     Args:
       problem: the conv, `sparse_conv.Problem`.
       op: one of `OPS`.
       dtype: of all operands.
-      sparsity: of the kernel, by magnitude.
+      sparsities: of the kernel, by magnitude.
       every_tile: whether several cuts of every tile are timed.
-      milliseconds: how long a call takes on operands.
       copy_rate: bytes per millisecond.
+      idle: milliseconds of a turn of a loop without work.
       granularity: of the mask, `unstructured` or `channel`.
     """
     conv, (shape, weights) = problem.conv, _shapes(problem)
     result = (problem.batch, *problem.result, problem.channels[1])
-    keep = top_k.keep_count(sparsity, units(weights, granularity))
     is_forward = op == "forward"
 
     @jax.jit
-    def make() -> Any:
+    def make(keep: jax.Array) -> Any:
         keys = jax.random.split(jax.random.key(0), 2)
         kernel = jax.random.normal(keys[0], weights, dtype) / math.sqrt(math.prod(weights[:-1]))
         limit = weight_threshold(kernel, granularity, keep)
         kernel = masked_weights(kernel, granularity, limit)
         values = jax.random.normal(keys[1], shape if is_forward else result, dtype)
         return values, kernel
-
-    values, kernel = make()
 
     def product(precision: Any, values: Any, kernel: Any) -> Any:
         plain = dataclasses.replace(conv, precision=precision)
@@ -103,7 +101,7 @@ def measure(
         return jax.linear_transpose(lambda x: plain(x, kernel), like)(values)[0]
 
     dense = functools.partial(product, lax.Precision.HIGHEST)
-    turned, operand, of = conv, values.shape, weights
+    turned, operand, of = conv, shape if is_forward else result, weights
     if not is_forward:
         turned = sparse_conv_direct.transposed(conv, shape[1:-1], weights[:2])
         of = (*weights[:2], weights[3], weights[2])
@@ -138,34 +136,34 @@ def measure(
     for tile in {cut.tile for cut in found} if every_tile else ():
         own = [cut for cut in found if cut.tile == tile]
         cuts |= {name_of(cut): cut for cut in own[:CUTS_OF_TILE]}
-    times = {
-        name: milliseconds(functools.partial(sparse, cut), values, kernel)
-        for name, cut in cuts.items()
-    }
-    products = problem.operations / 2 * keep / units(weights, granularity)
-    moved = values.dtype.itemsize * (math.prod(shape) + math.prod(result) + math.prod(weights))
-    is_wide = jnp.dtype(dtype) == jnp.float32
-    row = {
-        **dataclasses.asdict(problem),
-        "name": problem.name,
-        "op": op,
-        "granularity": granularity,
-        "sparsity": sparsity,
-        "dense_ms": milliseconds(dense, values, kernel),
-        "tf32_ms": milliseconds(functools.partial(product, None), values, kernel)
-        if is_wide
-        else None,
-        "compact_ms": milliseconds(made, kernel),
-        "sparse_ms": times[name_of(chosen)],
-        "cut": name_of(chosen),
-        "cuts_ms": times,
-        "bytes": moved,
-        "products": products,
-        "error": float(error(values, kernel)),
-    }
+    of_cuts = {name: timer(functools.partial(sparse, cut)) for name, cut in cuts.items()}
+    of_dense, of_compact = timer(dense), timer(made)
+    # Without TensorFloat-32 the other types have one product only.
+    of_tf32 = timer(functools.partial(product, None)) if jnp.dtype(dtype) == jnp.float32 else None
     loads = 2 if chosen.windows else 4
-    row["floor_ms"] = max(moved / copy_rate, loads * products / SHARED_RATE)
-    return row
+    for sparsity in sparsities:
+        keep = top_k.keep_count(sparsity, units(weights, granularity))
+        values, kernel = make(jnp.int32(keep))
+        times = {name: of_cut(values, kernel)[0] - idle for name, of_cut in of_cuts.items()}
+        products = problem.operations / 2 * keep / units(weights, granularity)
+        moved = values.dtype.itemsize * (math.prod(shape) + math.prod(result) + math.prod(weights))
+        yield {
+            **dataclasses.asdict(problem),
+            "name": problem.name,
+            "op": op,
+            "granularity": granularity,
+            "sparsity": sparsity,
+            "dense_ms": of_dense(values, kernel)[0] - idle,
+            "tf32_ms": of_tf32(values, kernel)[0] - idle if of_tf32 else None,
+            "compact_ms": of_compact(kernel)[0] - idle,
+            "sparse_ms": times[name_of(chosen)],
+            "cut": name_of(chosen),
+            "cuts_ms": times,
+            "bytes": moved,
+            "products": products,
+            "error": float(error(values, kernel)),
+            "floor_ms": max(moved / copy_rate, loads * products / SHARED_RATE),
+        }
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:

@@ -399,7 +399,10 @@ def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
     monkeypatch.setattr(timing, "COUNT", 1)
     monkeypatch.setattr(timing, "REPEATS", 1)
     small = sparse_conv.Problem("wrn16_8", 2, (3, 3), (64, 72), (8, 8), (4, 4), 2)
-    row = sparse_conv.measure(small, 0.75, True, (1e6, 1e6), 0.0)
+    row, sparser = sparse_conv.measure(small, [0.75, 0.9], True, (1e6, 1e6), 0.0)
+    assert (row["sparsity"], sparser["sparsity"]) == (0.75, 0.9)
+    assert sparser["error"] < 2**-7
+    assert row["bytes"] - sparser["bytes"] == 2 * (2048 - 820)
     assert row["operations"] == 2 * 2 * 9 * 64 * 72 * 16
     assert row["bytes"] == 2 * 2048 + 8192 / 8 + 4 * 4 + 2 * 2304 + 4 * 9 * 64 * 72
     assert row["error"] < 2**-7
@@ -418,21 +421,22 @@ def test_the_convs_with_sparse_weights_and_lines_of_their_table(load, monkeypatc
     assert {one.name for one in marks} == expected
     assert all(weights.takes(one, op, jnp.float32) for one in marks for op in weights.OPS)
 
-    monkeypatch.setattr(sparse_conv, "COUNT", 1)
-    monkeypatch.setattr(sparse_conv, "REPEATS", 1)
+    monkeypatch.setattr(timing, "COUNT", 1)
+    monkeypatch.setattr(timing, "REPEATS", 1)
     small = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (8, 8), 1)
     for op, dtype in (("forward", jnp.float32), ("input_gradient", jnp.bfloat16)):
-        row = weights.measure(small, op, dtype, 0.75, True, sparse_conv.milliseconds, 1e6)
+        row, sparser = weights.measure(small, op, dtype, [0.75, 0.9], True, 1e6, 0.0)
+        assert sparser["products"] < row["products"]
+        assert max(row["error"], sparser["error"]) < (1e-5 if dtype == jnp.float32 else 2**-7)
         size = jnp.dtype(dtype).itemsize
         assert row["products"] == 9 * 16 * 8 * 128 / 4
         assert row["bytes"] == size * (128 * 16 + 128 * 8 + 9 * 16 * 8)
-        assert row["error"] < (1e-5 if size == 4 else 2**-7)
         assert (row["tf32_ms"] is None) == (size == 2)
         first, second = weights.lines(row)
         assert "3x3 16->8 @8" in first
         assert len(second.split()) // 2 == len(row["cuts_ms"]) > 8
-    call = (small, "forward", jnp.float32, 0.75, False, sparse_conv.milliseconds, 1e6, "channel")
-    row = weights.measure(*call)
+    call = (small, "forward", jnp.float32, [0.75], False, 1e6, 0.0, "channel")
+    (row,) = weights.measure(*call)
     assert [name.endswith("w") for name in row["cuts_ms"]] == [True, False]
     assert row["products"] == 9 * 16 * 8 * 128 / 4
     strided = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (4, 4), 2)

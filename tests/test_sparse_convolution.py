@@ -333,6 +333,8 @@ HOPPER_FAULTS = {
     "copies of more than there is": ("end > whole) end = whole", "false) end = whole"),
     "copies of words from anywhere": ("is_whole = is_even && ", "is_whole = "),
     "dY that is not waited for": ("    barrier_wait(y_full + 8 * y.at, y.turn & 1);\n", ""),
+    "x that is not waited for": ("    barrier_wait(x_full + 8 * x.at, x.turn & 1);\n", ""),
+    "a tile of dY that is still read": ("if (stage.turn > 0) barrier_", "if (false) barrier_"),
     "products that are not waited for": ("wgmma_wait<1>()", "wgmma_wait<2>()"),
     "registers that products still read": (
         "wgmma_wait<0>();\n      give_back", "wgmma_wait<1>();\n      give_back"
