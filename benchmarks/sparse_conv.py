@@ -17,7 +17,7 @@ With `--op forward` or `input_gradient` it is about sparse weights instead (`spa
 with all windows of ResNet-50 and WRN-16-8 where nothing else is asked for.
 
 The most important shapes come first. The file is written after each of them, and with `--seconds`
-nothing is begun when that time is over.
+it ends after the row during which that time is over.
 """
 
 import argparse
@@ -222,6 +222,7 @@ def measure(
             "floor_is": "bytes" if floors[0] > floors[1] else "operations",
             "error": float(error(x, packed, limit, dy)),
         }
+        del x, packed, limit, dy  # before the next ones are made
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
@@ -253,7 +254,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--batch", type=int, help="images; default: those of the step table")
     parser.add_argument("--first", type=int, help="only so many shapes")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing afterwards")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="end after the row that passes it"
+    )
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(arguments)
     if options.op == "weight_gradient" and options.dtype != "bfloat16":
