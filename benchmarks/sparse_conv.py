@@ -43,6 +43,7 @@ from swat_jax.layer_table import network_table
 from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import packing, top_k
 from swat_jax.timing import COUNT, REPEATS, milliseconds, timer
+from swat_jax.trial import relative_error
 
 # Images of a step, and what they are: those of docs/performance.md.
 NETWORKS: dict[str, tuple[int, int, int]] = {
@@ -184,12 +185,6 @@ def measure(
     result = (problem.batch, *problem.result, problem.channels[1])
     chosen, *others = sparse_convolution.cuts(conv, shape, result, window)
 
-    @jax.jit
-    def error(x: Any, packed: Any, limit: Any, dy: Any) -> jax.Array:
-        expected = dense(x, dy).astype(jnp.float32)
-        difference = sparse(chosen, packed, limit, dy) - expected
-        return jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))
-
     of_dense, of_unpacked = timer(dense), timer(unpacked)
     of_cuts = {
         cut.name: timer(functools.partial(sparse, cut))
@@ -199,12 +194,15 @@ def measure(
     for sparsity in sparsities:
         keep = top_k.keep_count(sparsity, size)
         x, packed, limit, dy = make(jnp.int32(keep))
+        dense_ms, expected = of_dense(x, dy)
         times = {
-            "dense": of_dense(x, dy)[0] - idle,
+            "dense": dense_ms - idle,
             "nothing": of_cuts[chosen.name](none, limit, dy)[0] - idle,
             "unpack": of_unpacked(packed, limit, dy)[0] - idle,
         }
-        cuts = {name: of_cut(packed, limit, dy)[0] - idle for name, of_cut in of_cuts.items()}
+        timed = {name: of_cut(packed, limit, dy) for name, of_cut in of_cuts.items()}
+        cuts = {name: ms - idle for name, (ms, _) in timed.items()}
+        error = relative_error(timed[chosen.name][1], expected.astype(jnp.float32))
         compact = 2 * keep + size / 8 + 4 * size / packing.TILE
         moved = compact + 2 * dy.size + 4 * math.prod(kernel.shape)
         floors = (moved / rates[0], problem.operations / rates[1])
@@ -220,9 +218,9 @@ def measure(
             "operations": problem.operations,
             "floor_ms": max(floors),
             "floor_is": "bytes" if floors[0] > floors[1] else "operations",
-            "error": float(error(x, packed, limit, dy)),
+            "error": float(error),
         }
-        del x, packed, limit, dy  # before the next ones are made
+        del x, packed, limit, dy, expected, timed  # before the next ones are made
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:

@@ -16,7 +16,6 @@ import results
 PAGE = results.ROOT / "docs/sparse_convolutions.md"
 BEGIN = "<!-- benchmarks/sparse_conv_page.py writes {} -->\n"
 SPARSITIES = (70, 80, 90)
-FORWARD = "batch 512, forward, lists included."
 SINGLE_WEIGHTS = ("forward", "input_gradient", "forward_resnet50")
 
 
@@ -133,7 +132,8 @@ def vector_times() -> list[str]:
         *("conv", "V", "zeros", "cuDNN", "here", "floor", "TFLOP/s of what is kept"),
         "cuDNN : here",
     )
-    return timings(results.read("sparse_conv_vector_h200"), FORWARD, columns, cells)
+    what = "batch 512, forward, lists included."
+    return timings(results.read("sparse_conv_vector_h200"), what, columns, cells)
 
 
 def vectors() -> list[str]:

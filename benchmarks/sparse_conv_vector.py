@@ -26,7 +26,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -35,6 +35,8 @@ from sparse_conv import NETWORKS, Problem, copy_rate, milliseconds, problems, pr
 
 from swat_jax import kernels, native, vector_convolution
 from swat_jax.kernels.vector import shared_room, vector_lists, vector_options
+from swat_jax.timing import timer
+from swat_jax.trial import relative_error
 from swat_jax.vector_convolution import VECTORS, Cut
 
 HEADER = (
@@ -102,35 +104,28 @@ def measure(
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.jit(lambda: jax.nn.relu(jax.random.normal(keys[0], shape, jnp.bfloat16)))()
     full = jax.random.normal(keys[1], kernel_shape).astype(jnp.bfloat16)
-    dense_ms = milliseconds(conv, x, full) - idle
-
-    @jax.jit
-    def error(y: jax.Array, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        expected = conv(x, kernel).astype(jnp.float32)
-        difference = jnp.max(jnp.abs(y.astype(jnp.float32) - expected))
-        return difference / jnp.max(jnp.abs(expected))
-
+    of_dense = timer(conv)
+    dense_ms = of_dense(x, full)[0] - idle
+    chosen = name_of(cuts(problem, every=False)[0])
     for vector in vectors:
         if not takes(problem, vector):
             continue
+        op = functools.partial(kernels.sparse_conv_vector_forward, conv=conv, vector=vector)
+        timers = {
+            name_of(cut): (
+                timer(functools.partial(op, cut=cut)), lists_timer(problem, vector, cut)
+            )
+            for cut in cuts(problem, every_cut)
+        }  # fmt: skip
         for sparsity in sparsities:
             groups = (*kernel_shape[:-1], kernel_shape[-1] // vector)
             kept = jax.random.bernoulli(keys[2], 1 - sparsity, groups)
             kernel = full * jnp.repeat(kept, vector, -1).astype(full.dtype)
             count = int(jnp.sum(kept)) * vector
-            times, lists = {}, {}
-            for cut in cuts(problem, every_cut):
-                call = functools.partial(
-                    kernels.sparse_conv_vector_forward, conv=conv, vector=vector, cut=cut
-                )
-                times[name_of(cut)] = milliseconds(call, x, kernel) - idle
-                lists[name_of(cut)] = lists_ms(problem, vector, cut, kernel) - idle
-            chosen = cuts(problem, every=False)[0]
-            y = jax.jit(
-                functools.partial(
-                    kernels.sparse_conv_vector_forward, conv=conv, vector=vector, cut=chosen
-                )
-            )(x, kernel)
+            timed = {name: of_cut(x, kernel) for name, (of_cut, _) in timers.items()}
+            times = {name: ms - idle for name, (ms, _) in timed.items()}
+            lists = {name: of_lists(kernel) - idle for name, (_, of_lists) in timers.items()}
+            y = timed[chosen][1]
             operations = problem.operations * count / kernel.size
             moved = 2 * (x.size + y.size + count) + 4 * count / vector
             floors = (moved / rates[0], operations / rates[1])
@@ -140,25 +135,26 @@ def measure(
                 "vector": vector,
                 "sparsity": sparsity,
                 "dense_ms": dense_ms,
-                "sparse_ms": times[name_of(chosen)],
-                "lists_ms": lists[name_of(chosen)],
-                "cut": name_of(chosen),
+                "sparse_ms": times[chosen],
+                "lists_ms": lists[chosen],
+                "cut": chosen,
                 "cuts_ms": times,
                 "cuts_lists_ms": lists,
                 "bytes": moved,
                 "operations": operations,
                 "floor_ms": max(floors),
                 "floor_is": "bytes" if floors[0] > floors[1] else "operations",
-                "error": float(error(y, x, kernel)),
+                "error": float(relative_error(y, of_dense(x, kernel)[1].astype(jnp.float32))),
             }
 
 
-def lists_ms(problem: Problem, vector: int, cut: Cut, kernel: jax.Array) -> float:
+def lists_timer(problem: Problem, vector: int, cut: Cut) -> Callable[[jax.Array], float]:
     """Milliseconds of the first of the two kernels alone; nothing where there are none."""
     if kernels.backend() != "cuda":
-        return 0.0
+        return lambda _: 0.0
     options = vector_options(problem.conv, *shapes(problem), vector, cut)
-    return milliseconds(lambda one: vector_lists(one, vector, cut, options)[0], kernel)
+    of_lists = timer(lambda one: vector_lists(one, vector, cut, options)[0])
+    return lambda kernel: of_lists(kernel)[0]
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:

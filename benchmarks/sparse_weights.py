@@ -26,6 +26,7 @@ from swat_jax.sparse_conv_direct import Cut
 from swat_jax.sparsity import compact, top_k
 from swat_jax.sparsity.granularity import masked_weights, units, weight_threshold
 from swat_jax.timing import timer
+from swat_jax.trial import relative_error
 
 OPS = ("forward", "input_gradient")
 # Bytes per millisecond that 132 multiprocessors load from shared memory at 1.755 GHz.
@@ -123,12 +124,6 @@ def measure(
         # Nothing of it is left out, and reading one value of each costs next to nothing.
         return sum(part.ravel()[:1].astype(jnp.float32) for part in lax.optimization_barrier(found))
 
-    @jax.jit
-    def error(values: Any, kernel: Any) -> jax.Array:
-        expected = dense(values, kernel).astype(jnp.float32)
-        difference = sparse(chosen, values, kernel).astype(jnp.float32) - expected
-        return jnp.max(jnp.abs(difference)) / jnp.max(jnp.abs(expected))
-
     cuts = {name_of(chosen): chosen}
     single = sparse_conv_direct.cut(turned, operand, of)
     cuts[name_of(single)] = single  # to compare windows with
@@ -144,7 +139,10 @@ def measure(
     for sparsity in sparsities:
         keep = top_k.keep_count(sparsity, units(weights, granularity))
         values, kernel = make(jnp.int32(keep))
-        times = {name: of_cut(values, kernel)[0] - idle for name, of_cut in of_cuts.items()}
+        dense_ms, expected = of_dense(values, kernel)
+        timed = {name: of_cut(values, kernel) for name, of_cut in of_cuts.items()}
+        times = {name: ms - idle for name, (ms, _) in timed.items()}
+        error = relative_error(timed[name_of(chosen)][1], expected.astype(jnp.float32))
         products = problem.operations / 2 * keep / units(weights, granularity)
         moved = values.dtype.itemsize * (math.prod(shape) + math.prod(result) + math.prod(weights))
         yield {
@@ -153,7 +151,7 @@ def measure(
             "op": op,
             "granularity": granularity,
             "sparsity": sparsity,
-            "dense_ms": of_dense(values, kernel)[0] - idle,
+            "dense_ms": dense_ms - idle,
             "tf32_ms": of_tf32(values, kernel)[0] - idle if of_tf32 else None,
             "compact_ms": of_compact(kernel)[0] - idle,
             "sparse_ms": times[name_of(chosen)],
@@ -161,9 +159,10 @@ def measure(
             "cuts_ms": times,
             "bytes": moved,
             "products": products,
-            "error": float(error(values, kernel)),
+            "error": float(error),
             "floor_ms": max(moved / copy_rate, loads * products / SHARED_RATE),
         }
+        del values, kernel, expected, timed  # before the next ones are made
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:

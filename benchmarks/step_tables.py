@@ -47,9 +47,7 @@ def steps_section(found: dict[str, Any]) -> str:
         "period. Peak memory is what the allocator saw; beside it what XLA plans for a whole step,",
         "and what layers keep for their backward passes (`python -m swat_jax.flops --bytes`).",
         "Ratios are to dense in the same group of a run; where a network had several groups, the",
-        "table has dense once: dense, u90 and tuned of ImageNet networks are of the date above,",
-        "other rows of 2026-11-27, beside dense steps of 37.75 (ResNet-50), 59.00 and 57.33 ms.",
-        "At batch 128 a hundred steps are dispatched at once (in training",
+        "table has dense once. At batch 128 a hundred steps are dispatched at once (in training",
         "it is 78) on data that lie on the device, with augmentation.",
         "",
     ]

@@ -5,7 +5,7 @@
 // pixels; a second kernel adds up what the blocks of all ranges made, in their order.
 //
 // The warps of a block have three jobs, and only mbarriers between them:
-//   - one warp has the copy engine bring chunks of dY, many chunks ahead;
+//   - one warp has the copy engine bring chunks of dY, two to eight ahead;
 //   - `kUnpackers` warps put the kept values of x into tiles of zeros. A warp takes a unit, 2,048
 //     values, the unit of `offsets`, or two: the copy engine brought its words and values to shared
 //     memory while the warp did the units before. One scan of the words' counts says where the values
@@ -39,7 +39,7 @@ namespace hopper {
 template <typename C>
 __device__ __forceinline__ void bring(const Problem& problem, const CUtensorMap* map,
                                       const Part<C>& part, const Shared<C>& shared, uint32_t base) {
-  const uint32_t full = base + shared.barriers + 8 * 2 * kMostStages, empty = full + 8 * kMostStages;
+  const uint32_t full = base + shared.y_full, empty = base + shared.y_empty;
   Stage stage;
   for (uint32_t chunk = part.begin; chunk < part.end; ++chunk) {
     if (stage.turn > 0) barrier_wait(empty + 8 * stage.at, (stage.turn - 1) & 1);
@@ -68,8 +68,8 @@ template <typename C>
 __device__ __forceinline__ void multiply(const Problem& problem, const Part<C>& part,
                                          const Shared<C>& shared, uint32_t base, uint32_t warp) {
   const uint32_t lane = threadIdx.x % 32, group = warp / 4;
-  const uint32_t x_full = base + shared.barriers, x_empty = x_full + 8 * kMostStages;
-  const uint32_t y_full = x_empty + 8 * kMostStages, y_empty = y_full + 8 * kMostStages;
+  const uint32_t x_full = base + shared.x_full, x_empty = base + shared.x_empty;
+  const uint32_t y_full = base + shared.y_full, y_empty = base + shared.y_empty;
   // Where a lane reads dY as the left operand: a row of eight channels, by the pattern of 128 bytes.
   const uint32_t left_at = base + shared.dy + group * C::P * 128 + (lane / 16 * 8 + lane % 8) * 128 +
                            ((warp % 4 * 2 + lane / 8 % 2) ^ lane % 8) * 16;
@@ -85,6 +85,19 @@ __device__ __forceinline__ void multiply(const Problem& problem, const Part<C>& 
       barrier_arrive(y_empty + 8 * y_stage);
     }
   };
+  // All of a chunk, as one group: `left_of` 16 pixels, and what lies at `right`.
+  const auto add_products = [&](const auto& left_of, uint64_t right) {
+    wgmma_fence();
+#pragma unroll
+    for (uint32_t k = 0; k < C::P / 16; ++k) {
+#pragma unroll
+      for (uint32_t n = 0; n < C::N / kEach; ++n) {
+        Wgmma<kEach>::template multiply<typename C::T>(
+            sums[n], left_of(k), right + k * 128 + n * (kEach / 64) * (C::P * 8));
+      }
+    }
+    wgmma_commit();
+  };
   uint32_t x_before = 0, y_before = 0;  // stages of the chunk before
   for (uint32_t chunk = part.begin; chunk < part.end; ++chunk) {
     barrier_wait(x_full + 8 * x.at, x.turn & 1);
@@ -92,16 +105,7 @@ __device__ __forceinline__ void multiply(const Problem& problem, const Part<C>& 
     const uint64_t own_x = x_at + x.at * (C::kXBytes / 16);
     if constexpr (C::kLeftIsX) {
       const uint64_t own_y = descriptor<C::P>(base + shared.dy) + y.at * (C::kYBytes / 16);
-      wgmma_fence();
-#pragma unroll
-      for (uint32_t k = 0; k < C::P / 16; ++k) {
-#pragma unroll
-        for (uint32_t n = 0; n < C::N / kEach; ++n) {
-          Wgmma<kEach>::template multiply<typename C::T>(
-              sums[n], own_x + k * 128, own_y + k * 128 + n * (kEach / 64) * (C::P * 8));
-        }
-      }
-      wgmma_commit();
+      add_products([&](uint32_t k) { return own_x + k * 128; }, own_y);
       wgmma_wait<1>();  // those of the chunk before are over
       if (chunk > part.begin) give_back(x_before, y_before);
       x_before = x.at, y_before = y.at;
@@ -112,16 +116,7 @@ __device__ __forceinline__ void multiply(const Problem& problem, const Part<C>& 
       uint32_t left[C::P / 16][4];
 #pragma unroll
       for (uint32_t k = 0; k < C::P / 16; ++k) load_matrices(left[k], from + k * 16 * 128);
-      wgmma_fence();
-#pragma unroll
-      for (uint32_t k = 0; k < C::P / 16; ++k) {
-#pragma unroll
-        for (uint32_t n = 0; n < C::N / kEach; ++n) {
-          Wgmma<kEach>::template multiply<typename C::T>(
-              sums[n], left[k], own_x + k * 128 + n * (kEach / 64) * (C::P * 8));
-        }
-      }
-      wgmma_commit();
+      add_products([&](uint32_t k) -> const uint32_t(&)[4] { return left[k]; }, own_x);
       wgmma_wait<0>();
       give_back(x.at, y.at);
     }
@@ -170,12 +165,11 @@ __device__ __forceinline__ void make_part(const Problem& problem, const CUtensor
   const uint32_t warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (threadIdx.x == 0) {
     const uint32_t units = C::P * problem.in / (kTileValues * C::kTilesOfUnit);
-    const uint32_t barriers = base + shared.barriers;
     for (uint32_t s = 0; s < kMostStages; ++s) {
-      barrier_init(barriers + 8 * s, units);
-      barrier_init(barriers + 8 * (kMostStages + s), 4 * C::kConsumerGroups);
-      barrier_init(barriers + 8 * (2 * kMostStages + s), 1);
-      barrier_init(barriers + 8 * (3 * kMostStages + s), 4 * C::kConsumerGroups);
+      barrier_init(base + shared.x_full + 8 * s, units);
+      barrier_init(base + shared.x_empty + 8 * s, 4 * C::kConsumerGroups);
+      barrier_init(base + shared.y_full + 8 * s, 1);
+      barrier_init(base + shared.y_empty + 8 * s, 4 * C::kConsumerGroups);
     }
     for (uint32_t u = 0; u < C::kUnpackers * kSlots; ++u) barrier_init(base + shared.arrivals + 8 * u, 1);
     fence_barriers();

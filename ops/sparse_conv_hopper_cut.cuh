@@ -82,18 +82,21 @@ struct Part {
   }
 };
 
-// Shared memory, in bytes from a multiple of 1,024: tiles of x, tiles of dY, units, barriers of tiles,
-// barriers of units.
+// Shared memory, in bytes from a multiple of 1,024: tiles of x, tiles of dY, units, barriers of tiles (a
+// full or empty one of x or dY for every stage), barriers of units.
 template <typename C>
 struct Shared {
-  uint32_t dy, units, slot, barriers, arrivals, bytes;
+  uint32_t dy, units, slot, x_full, x_empty, y_full, y_empty, arrivals, bytes;
   SWAT_INLINE Shared(uint32_t x_stages, uint32_t dy_stages, uint32_t room) {
     dy = x_stages * C::kXBytes;
     units = dy + dy_stages * C::kYBytes;
     // A copy begins at 16 bytes, up to seven values early; and lanes read up to 36 values too many.
     slot = 4 * C::kWordsOfUnit + 2 * (room + 48);
-    barriers = units + C::kUnpackers * kSlots * slot;
-    arrivals = barriers + 8 * 4 * kMostStages;
+    x_full = units + C::kUnpackers * kSlots * slot;
+    x_empty = x_full + 8 * kMostStages;
+    y_full = x_empty + 8 * kMostStages;
+    y_empty = y_full + 8 * kMostStages;
+    arrivals = y_empty + 8 * kMostStages;
     bytes = arrivals + 8 * C::kUnpackers * kSlots + 1024;  // the start may have to be moved
   }
 };

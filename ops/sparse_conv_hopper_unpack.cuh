@@ -67,7 +67,7 @@ __device__ __forceinline__ void unpack(const Problem& problem, const Part<C>& pa
   const uint32_t own = unpacker < min(units, warps) ? (units - unpacker + warps - 1) / warps : 0;
   const uint32_t slots = base + shared.units + unpacker * kSlots * shared.slot;
   const uint32_t arrivals = base + shared.arrivals + unpacker * kSlots * 8;
-  const uint32_t full = base + shared.barriers, empty = full + 8 * kMostStages;
+  const uint32_t full = base + shared.x_full, empty = base + shared.x_empty;
   const uint32_t skew = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(problem.values) / 2 % 8);
   // The copy engine brings whole parts of 16 bytes: words that begin elsewhere are stored by the lanes,
   // and the last few of all values are read from where they are.

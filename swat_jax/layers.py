@@ -255,38 +255,28 @@ class _SwatLayer(nnx.Module):
         if self.threshold_age is not None:
             self.threshold_age[...] = (self.threshold_age[...] + 1) % self.threshold_every_steps
         if self.measure:
-            self.measured_sparsity = nnx.data(
-                self._measured(given, x, kernel, selection, weight_keep, activation_keep)
-            )
+            self.measured_sparsity = nnx.data(self._measured(x, kernel, selection))
         return selection
 
     def _measured(
-        self,
-        given: Activation,
-        x: jax.Array,
-        kernel: jax.Array,
-        selection: dict[str, Any],
-        weight_keep: Count,
-        activation_keep: Count,
+        self, x: jax.Array, kernel: jax.Array, selection: dict[str, Any]
     ) -> MeasuredSparsity:
         """What the masks of this call let through, for which there is no gradient."""
-        given, x, kernel = lax.stop_gradient((given, x, kernel))
+        x, kernel, packed = lax.stop_gradient((x, kernel, selection.get("packed")))
         weight_limit = selection.get("weight_threshold")
         if weight_limit is None:
             scores = granularities.score(kernel, self.granularity)
-            weight_limit = kernels.threshold(scores, weight_keep)
-        limit = given.threshold
+            weight_limit = kernels.threshold(scores, selection["weight_keep"])
+        limit = selection.get("activation_threshold")
         if limit is None:
-            limit = selection.get("activation_threshold")
-        if limit is None:
-            limit = kernels.threshold(x, activation_keep)
+            limit = kernels.threshold(x, selection["activation_keep"])
         masked = granularities.masked_weights(kernel, self.granularity, weight_limit)
         # XLA may compare values that it makes in this program before it has rounded them, and
         # the packed ones are rounded.
         kept = top_k.mask(lax.optimization_barrier(x), limit)
         dropped = jnp.float32(0)
-        if given.packed is not None:
-            held = top_k.mask(kernels.unpack(given.packed), limit)
+        if packed is not None:
+            held = top_k.mask(kernels.unpack(packed), limit)
             dropped = jnp.sum(kept & ~held, dtype=jnp.uint32).astype(jnp.float32)
         found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped]
         return MeasuredSparsity(jnp.stack(found))

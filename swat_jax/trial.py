@@ -148,7 +148,13 @@ def _reference(op: str, problem: Problem, operands: Operands) -> jax.Array:
 
 
 @jax.jit
-def _error(found: jax.Array, expected: jax.Array) -> jax.Array:
+def relative_error(found: jax.Array, expected: jax.Array) -> jax.Array:
+    """The largest difference, of the largest expected magnitude; in the expected type.
+
+    Example:
+      >>> float(relative_error(jnp.array([1.0, 4.0]), jnp.array([2.0, 4.0])))
+      0.25
+    """
     largest = jnp.max(jnp.abs(expected))
     return jnp.max(jnp.abs(found.astype(expected.dtype) - expected)) / jnp.maximum(largest, 1e-30)
 
@@ -156,7 +162,7 @@ def _error(found: jax.Array, expected: jax.Array) -> jax.Array:
 def _what_is_wrong(found: jax.Array, expected: jax.Array, dtype: Any, most: float) -> str:
     if found.shape != expected.shape or found.dtype != dtype:
         return f"it is {found.dtype}{list(found.shape)}, not {dtype}{list(expected.shape)}"
-    error = float(_error(found, expected))
+    error = float(relative_error(found, expected))
     # NaN is no number that is small enough.
     return "" if error <= most else f"its error is {error:.2g}, not {most:.2g} at most"
 
