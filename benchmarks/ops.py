@@ -1,6 +1,7 @@
 """Every op of `ops/` alone: time, bytes moved, and the share of what a plain copy reaches.
 
     python benchmarks/ops.py --output docs/results/ops_h200.json
+    python benchmarks/ops.py --dtype float32 --sizes 67
 
 Bytes are those an op has to move: every input read once, every result written once. The share is
 their rate over the rate of a device-to-device copy (bytes read and written) of the same number of
@@ -65,10 +66,17 @@ def copy_milliseconds(x: jax.Array, repeats: int = 5, count: int = 20) -> float:
     return statistics.median(found[1:]) * 1e3
 
 
-def measure(size: int, slow: bool) -> list[dict[str, Any]]:
+def measure(size: int, dtype: Any, slow: bool) -> list[dict[str, Any]]:
+    """A row for every op.
+
+    Args:
+      size: how many values.
+      dtype: of the values.
+      slow: whether sorting is measured too.
+    """
     keys = jax.random.split(jax.random.key(size), 4)
     shape = (size // CHANNELS, CHANNELS)
-    make = jax.jit(lambda key: jax.random.normal(key, shape, jnp.bfloat16))
+    make = jax.jit(lambda key: jax.random.normal(key, shape, dtype))
     x, residual, dy, dy2 = map(make, keys)
     y = jax.nn.relu(x)
     keep = top_k.keep_count(0.9, size)
@@ -97,49 +105,50 @@ def measure(size: int, slow: bool) -> list[dict[str, Any]]:
     positive = signs.positive
     sums = kernels.batch_norm_gradient_sums(x, [dy], None, vectors, **options)[:2]
     more = {**options, "sums": sums, "count": shape[0]}
-    compact = 0.125 + 2 * capacity / size  # bytes a value
+    width, bit = jnp.dtype(dtype).itemsize, 1 / 8  # bytes
+    compact = bit + width * capacity / size  # bytes a value
 
     def stored_for(residual_: Any) -> jax.Array:
         y = kernels.batch_norm_relu(x, vectors, residual_, **options).y
         return kernels.threshold(y, keep).astype(jnp.float32)[None]
 
     stored = stored_for(None)
-    added = (x, residual, stored_for(residual))
+    alone, added = (x, residual, stored), (x, residual, stored_for(residual))
     parts = tuple(jnp.array_split(y.ravel(), 50))
     some = [round(0.1 * part.size) for part in parts]
     zeros = [jnp.zeros(())] * len(parts)
     ops: list[tuple[str, float, Callable[..., Any] | None, tuple[Any, ...]]] = [
-        ("copy", 4, None, (x,)),
-        ("threshold", 2, lambda y: kernels.threshold(y, keep), (y,)),
-        ("thresholds of 50 parts", 2,
+        ("copy", 2 * width, None, (x,)),
+        ("threshold", width, lambda y: kernels.threshold(y, keep), (y,)),
+        ("thresholds of 50 parts", width,
          lambda *parts: kernels.refreshed_thresholds([True] * 50, parts, some, zeros), parts),
-        ("pack", 2 + compact, lambda y, t: kernels.pack(y, t, capacity), (y, limit)),
-        ("unpack", 2 + compact, kernels.unpack, (packed, limit)),
-        ("statistics", 2, kernels.batch_norm_statistics, (x,)),
-        ("normalize", 4, forward(None, None), (x, residual, stored)),
-        ("normalize + residual", 6.125, forward(1, None), (x, residual, stored)),
-        ("normalize + exact pack", 4 + compact, forward(None, exact), (x, residual, stored)),
-        ("normalize + given pack", 4 + compact, forward(None, given), (x, residual, stored)),
-        ("norm. + res. + exact pack", 6.125 + compact, forward(1, exact), added),
-        ("norm. + res. + given pack", 6.125 + compact, forward(1, given), added),
-        ("gradient sums", 4,
+        ("pack", width + compact, lambda y, t: kernels.pack(y, t, capacity), (y, limit)),
+        ("unpack", width + compact, kernels.unpack, (packed, limit)),
+        ("statistics", width, kernels.batch_norm_statistics, (x,)),
+        ("normalize", 2 * width, forward(None, None), alone),
+        ("normalize + residual", 3 * width + bit, forward(1, None), alone),
+        ("normalize + exact pack", 2 * width + compact, forward(None, exact), alone),
+        ("normalize + given pack", 2 * width + compact, forward(None, given), alone),
+        ("norm. + res. + exact pack", 3 * width + bit + compact, forward(1, exact), added),
+        ("norm. + res. + given pack", 3 * width + bit + compact, forward(1, given), added),
+        ("gradient sums", 2 * width,
          lambda x, dy: kernels.batch_norm_gradient_sums(x, [dy], None, vectors, **options),
          (x, dy)),
-        ("gradient sums + skip", 8.125,
+        ("gradient sums + skip", 4 * width + bit,
          lambda x, dy, dy2, signs: kernels.batch_norm_gradient_sums(
              x, [dy, dy2], signs, vectors, keeps_dz=True, **options),
          (x, dy, dy2, positive)),
-        ("gradient", 6,
+        ("gradient", 3 * width,
          lambda x, dy: kernels.batch_norm_gradient(x, dy, vectors, **more),
          (x, dy)),
-        ("gradient + through", 8,
+        ("gradient + through", 4 * width,
          lambda x, dy, dy2: kernels.batch_norm_gradient(x, dy, vectors, through=dy2, **more),
          (x, dy, dy2)),
     ]  # fmt: skip
     if slow:
         ops += [
-            ("jnp.sort", 4, lambda y: jnp.sort(jnp.abs(y).ravel()), (y,)),
-            ("jax.lax.top_k", 2, lambda y: lax.top_k(jnp.abs(y).ravel(), keep)[0], (y,)),
+            ("jnp.sort", 2 * width, lambda y: jnp.sort(jnp.abs(y).ravel()), (y,)),
+            ("jax.lax.top_k", width, lambda y: lax.top_k(jnp.abs(y).ravel(), keep)[0], (y,)),
         ]
     rows = []
     for name, bytes_per_value, call, operands in ops:
@@ -158,20 +167,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time of every op.")
     parser.add_argument("--sizes", type=float, nargs="+", default=[1, 4, 16, 51, 205],
                         help="millions of values")  # fmt: skip
+    dtypes = ("bfloat16", "float16", "float32")
+    parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="default: %(default)s")
     parser.add_argument("--slow", action="store_true", help="sort and top_k at the largest size")
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args()
     rows = []
     for millions in options.sizes:
         size = round(millions * 1e6 / CHANNELS) * CHANNELS
-        rows += measure(size, options.slow and millions == max(options.sizes))
+        slow = options.slow and millions == max(options.sizes)
+        rows += measure(size, jnp.dtype(options.dtype), slow)
     found = {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "backend": kernels.backend(),
         "library": dict(native.load().build_info),
         "versions": {"jax": jax.__version__},
-        "dtype": "bfloat16",
+        "dtype": options.dtype,
         "channels": CHANNELS,
         "ops": rows,
     }
