@@ -15,14 +15,9 @@ Saving is synchronous: when `save` returns, the checkpoint is there. It costs so
 import contextlib
 import dataclasses
 import json
-import logging
 import math
-import os
-import re
 import shutil
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,24 +27,12 @@ from jax.experimental import multihost_utils
 
 from swat_jax.errors import RunError, UsageError
 from swat_jax.files import replace_text
+from swat_jax.jsonable import plain
+from swat_jax.orbax_errors import one_line, quiet_orbax, refused_by_disk
+from swat_jax.same_run import check_same_run
 
-# What may differ between a run and the run that it goes on from: these keys, and all below them.
-FREE_KEYS = (
-    "checkpoint",
-    "data.data_dir",
-    "data.workers",
-    "devices",
-    "eval",
-    "log",
-    "max_steps",
-    "sparsity.algorithms",
-    "steps_per_dispatch",
-)
 _TRASH = "trash-"
 _SCORES = "scores.json"
-
-# How long what orbax had under way may take to report after a failure.
-_LATE_SECONDS = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +96,7 @@ class Checkpointer:
         if keep < 1:
             raise UsageError(f"config.checkpoint.keep is {keep}; keep at least 1 checkpoint")
         self.directory = Path(directory).absolute()
-        self._config = _plain(config)
+        self._config = plain(config)
         self._keep = keep
         self._best_metric = best_metric
         self._orbax = ocp.Checkpointer(
@@ -162,7 +145,7 @@ class Checkpointer:
             return False
         run = {
             "step": int(step),
-            "position": _plain(position),
+            "position": plain(position),
             "metrics": {},
             "config": self._config,
             "arrays": _array_types(state),
@@ -175,10 +158,10 @@ class Checkpointer:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 self._sweep()
                 self._check_room(step, state)
-            with _quiet_orbax():
+            with quiet_orbax():
                 self._orbax.save(self.directory / str(step), args=args)
         except Exception as error:
-            reason = _refused_by_disk(error)
+            reason = refused_by_disk(error)
             if reason is None:
                 raise
             # What was written so far is in the way of whatever else needs the disk.
@@ -210,7 +193,7 @@ class Checkpointer:
             return False
         if jax.process_index() == 0:
             numbers = {name: float(value) for name, value in metrics.items()}
-            text = json.dumps({"position": _plain(position), "metrics": numbers})
+            text = json.dumps({"position": plain(position), "metrics": numbers})
             path = self.directory / str(step) / _SCORES
             try:
                 replace_text(path, text)
@@ -292,7 +275,7 @@ class Checkpointer:
 
     def _read(self, path: Path, **items: ocp.args.CheckpointArgs) -> Any:
         try:
-            with _quiet_orbax():
+            with quiet_orbax():
                 return self._orbax.restore(path, args=ocp.args.Composite(**items))
         except Exception as error:
             raise _unreadable(path, error) from error
@@ -340,62 +323,9 @@ class Checkpointer:
 
 def _unreadable(path: Path, error: Exception) -> RunError:
     return RunError(
-        f"cannot read the checkpoint {path}: {_one_line(error)}; "
+        f"cannot read the checkpoint {path}: {one_line(error)}; "
         "delete that folder to go on from an earlier one"
     )
-
-
-def check_same_run(
-    saved: Mapping[str, Any], config: Mapping[str, Any], *, where: str = "the checkpoint"
-) -> None:
-    """Refuses to go on with a run under another config.
-
-    Args:
-      saved: the config that was stored, a nested dict.
-      config: the config of this run, a nested dict; `FREE_KEYS` may differ.
-      where: what the message calls the place that `saved` comes from.
-
-    Raises:
-      UsageError: names every key that differs, with both values.
-
-    Example:
-      >>> check_same_run({"seed": 0, "log": {"every_steps": 5}}, {"seed": 0, "log": {}})
-      >>> check_same_run({"seed": 0}, {"seed": 1})  # doctest: +ELLIPSIS
-      Traceback (most recent call last):
-      ...
-      swat_jax.errors.UsageError: the checkpoint is of another run: config.seed is 1, was 0; ...
-    """
-    before, now = _flat(_plain(saved)), _flat(_plain(config))
-    differences = [
-        f"config.{key} is {_show(now, key)}, was {_show(before, key)}"
-        for key in sorted({**before, **now})
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_KEYS)
-        and (key in before, before.get(key)) != (key in now, now.get(key))
-    ]
-    if differences:
-        raise UsageError(
-            f"{where} is of another run: {'; '.join(differences)}; "
-            "use another --workdir, or the values that were"
-        )
-
-
-def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON: tuples are lists, keys are text."""
-    return json.loads(json.dumps(value))
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _show(flat: Mapping[str, Any], key: str) -> str:
-    return repr(flat[key]) if key in flat else "absent"
 
 
 def _array_types(state: Mapping[str, Any]) -> dict[str, str]:
@@ -417,49 +347,6 @@ def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     if sharding is None:
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _refused_by_disk(error: BaseException | None) -> str | None:
-    """What the file system said, where it is the cause; tensorstore only writes it in its text."""
-    if error is None:
-        return None
-    if isinstance(error, OSError):
-        return error.strerror or _one_line(error)
-    if code := re.search(r"os_error_code='(\d+)'", str(error)):
-        return os.strerror(int(code[1]))
-    return _refused_by_disk(error.__cause__ or error.__context__)
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Mutes orbax's threads: they print as tracebacks the errors that are raised here anyway."""
-    logger = logging.getLogger("absl")
-
-    def mute(record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname
-
-    # Of many reads the first that fails ends orbax's event loop; those under way miss it then.
-    report = sys.unraisablehook
-
-    def report_others(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    logger.addFilter(mute)
-    sys.unraisablehook = report_others
-    try:
-        yield
-    except Exception:
-        time.sleep(_LATE_SECONDS)
-        raise
-    finally:
-        sys.unraisablehook = report
-        logger.removeFilter(mute)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:300]}"
 
 
 def _some(texts: Sequence[str], limit: int = 8) -> str:

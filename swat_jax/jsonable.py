@@ -1,5 +1,6 @@
 """Values as JSON has words for them."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -36,3 +37,8 @@ def jsonable(value: Any) -> Any:
             raise TypeError(f"cannot write {type(value).__name__} as JSON: {value!r}")
         value = array.item() if array.dtype.kind in "biu" else float(array.astype(np.float64))
     return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON: tuples are lists, keys are text."""
+    return json.loads(json.dumps(value))

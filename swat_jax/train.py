@@ -28,7 +28,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from swat_jax import checkpoint, data, dispatch, flops, method, metrics, pruning, step
+from swat_jax import (
+    checkpoint,
+    data,
+    dispatch,
+    flops,
+    method,
+    metrics,
+    pruning,
+    same_run,
+    step,
+)
 from swat_jax.data import Info
 from swat_jax.errors import RunError, UsageError
 from swat_jax.feed import Feed, Inputs, Resident, Stream, total_steps
@@ -432,7 +442,7 @@ def _check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         raise UsageError(
             f"--workdir: {file} is not the config of a run; use another --workdir{remedy}"
         )
-    checkpoint.check_same_run(saved, config, where=f"--workdir {workdir}")
+    same_run.check_same_run(saved, config, where=f"--workdir {workdir}")
 
 
 def _check(config: Any) -> None:

@@ -19,8 +19,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from swat_jax import checkpoint
-from swat_jax.checkpoint import Checkpointer, check_same_run
+from swat_jax.checkpoint import Checkpointer
 from swat_jax.errors import RunError, UsageError
+from swat_jax.same_run import check_same_run
 
 CONFIG = {"seed": 0, "data": {"mean": (0.5, 0.25), "workers": 2}}
 
@@ -121,7 +122,7 @@ def test_scores_come_after_the_checkpoint(tmp_path, monkeypatch):
         assert not list(tmp_path.iterdir())
         checkpoints.save(1, state, {"seconds": 1})
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, "fsync", no_space)
+            patch.setattr(os, "fsync", no_space)
             with pytest.raises(RunError, match=r"cannot write .*: No space left .* is intact"):
                 checkpoints.score(1, {"seconds": 2}, {"loss": 0.5})
         without = checkpoints.restore(state)

@@ -11,11 +11,11 @@ from flax import nnx
 from swat_jax import (
     algorithm_table,
     build,
-    checkpoint,
     config_file,
     data,
     dispatch,
     kernels,
+    same_run,
     step,
     train,
 )
@@ -337,5 +337,5 @@ def test_a_checkpoint_does_not_depend_on_it(tmp_path, monkeypatch):
         assert jax.tree.leaves(tuned.sparse.types[name]) == jax.tree.leaves(types)
     old: dict = {"sparsity": {"weight": 0.9}}
     for setting in ("tuned", "plain", str(path)):
-        checkpoint.check_same_run(old, {"sparsity": {"weight": 0.9, "algorithms": setting}})
+        same_run.check_same_run(old, {"sparsity": {"weight": 0.9, "algorithms": setting}})
     assert config_file.load("configs/digits.py:u90").sparsity.algorithms == "tuned"

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "swat_jax"
 # From the bottom to the top; a folder stands for all that is in it.
 LEVELS = (
     {"errors", "files", "jsonable", "abstract_call"},
-    {"command_line", "patterns"},
+    {"command_line", "patterns", "same_run", "orbax_errors"},
     {
         "sparse_file",
         "sparsity",
