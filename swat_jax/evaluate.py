@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from swat_jax import command_line, config_file, data, export, sparse_file, step, train
+from swat_jax import command_line, config_file, data, export, scoring, sparse_file, step
 from swat_jax.feed import Stream
 
 
@@ -50,7 +50,7 @@ def evaluate(weights: Path, config: Any) -> dict[str, float]:
     # From the host, whatever training does: each batch is used once.
     batches = Stream(trainer, dataset).evaluation("test")
     placed = jax.device_put(trees, trainer.replicated)
-    return train.evaluate(trainer, batches, placed["params"], placed["batch_stats"])
+    return scoring.evaluate(trainer, batches, placed["params"], placed["batch_stats"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

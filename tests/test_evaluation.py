@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swat_jax import config_file, feed, step, train
+from swat_jax import config_file, feed, scoring, step
 from swat_jax.data import Info
 
 CLASSES = 10
@@ -103,7 +103,7 @@ def test_means_are_over_all_images_and_not_over_batches(trainer):
     logits = np.linspace(1, -1, CLASSES)
     labels = [*range(10), 0]
     batches = feed.Stream(trainer[0], TwoBatches()).evaluation("test")
-    found = train.evaluate(trainer[0], batches, *weights(trainer, logits))
+    found = scoring.evaluate(trainer[0], batches, *weights(trainer, logits))
     log_z = np.log(np.exp(logits).sum())
     assert found["loss"] == pytest.approx(np.mean(log_z - logits[labels]), rel=1e-6)
     assert found["accuracy"] == pytest.approx(2 / 11)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from swat_jax import checkpoint, train
+from swat_jax import checkpoint, scoring, train
 from swat_jax.errors import RunError, UsageError
 from tests.runs import assert_same_bits, digits, final_arrays, newest_step
 
@@ -61,7 +61,7 @@ def test_what_goes_wrong_in_scoring_an_epoch_costs_no_training(tmp_path, monkeyp
 
     monkeypatch.setattr(train.Resident, "advance", counted)
     steps_per_epoch = 4  # of the 1,150 images that are not held out
-    for owner, name in ((train, "evaluate"), (checkpoint.Checkpointer, "score")):
+    for owner, name in ((scoring, "evaluate"), (checkpoint.Checkpointer, "score")):
         with monkeypatch.context() as patch:
             # The second epoch's, or the first one of the run that goes on from there.
             patch.setattr(owner, name, failing(getattr(owner, name), starts, 2 * steps_per_epoch))

@@ -47,6 +47,7 @@ LEVELS = (
     {"pruning"},
     {"step", "budgets"},
     {"feed"},
+    {"scoring"},
     {"train", "trial"},
     {"tune"},
     {"main", "info", "report_figures", "export"},
