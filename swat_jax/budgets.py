@@ -11,7 +11,7 @@ from flax import nnx
 from swat_jax import network, pruning
 from swat_jax.build import sparse_layers
 from swat_jax.errors import UsageError
-from swat_jax.layers import WeightBudget, WeightThreshold
+from swat_jax.layer_state import WeightBudget, WeightThreshold
 from swat_jax.network import Tree
 
 

@@ -35,7 +35,7 @@ from swat_jax import checkpoint, command_line, network, pruning, sparse_file, st
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
 from swat_jax.files import replace_bytes
-from swat_jax.layers import ThresholdAge, WeightBudget
+from swat_jax.layer_state import ThresholdAge, WeightBudget
 from swat_jax.sparsity import granularity
 
 # What is saved of a model, of the collections in `network.STATEFUL`.

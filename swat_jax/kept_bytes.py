@@ -299,7 +299,7 @@ class _Observer:
         self._records.append(Kept(path, kind, what, activations, weights))
 
     def _swat_input(self, layer: Any, given: Activation, x: jax.Array) -> tuple[str, int]:
-        """As `swat_jax.functional` decides it, and `swat_jax.layers` asks for it."""
+        """As `swat_jax.functional` decides it, and `swat_jax.layer_base` asks for it."""
         if given.packed is not None:
             what, activations = self._once("packed input", given.packed)
             return what, activations + _bytes(given.threshold)

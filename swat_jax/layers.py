@@ -6,10 +6,8 @@ their parameters and initialisers, and at sparsity 0 equal them bit for bit.
 In training mode (``model.train()``) masks follow the thresholds; in evaluation mode
 (``model.eval()``) weights have exact masks, activations are dense and no state changes.
 
-With ``threshold_every_steps > 1`` thresholds are state of the layer (`WeightThreshold`,
-`ActivationThreshold`), and so is the age that decides on the next refresh (`ThresholdAge`); linear
-layers and masks of channels, filters or vectors are cheap and their weights always exact. A layer
-whose number of weights is not fixed (SWAT-M) holds it as a `WeightBudget`.
+What both layers do with weights and inputs before the product is in `swat_jax.layer_base`, what
+they hold besides parameters in `swat_jax.layer_state`.
 """
 
 from __future__ import annotations
@@ -18,12 +16,11 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes
 from jax import lax
 
 from swat_jax import kernels
@@ -31,330 +28,10 @@ from swat_jax.activations import Activation
 from swat_jax.algorithms import PLAIN, Algorithms
 from swat_jax.errors import UsageError
 from swat_jax.functional import swat_conv, swat_linear
+from swat_jax.layer_base import SwatLayer, keep_kernel_dtype
+from swat_jax.layer_state import NextWeightThreshold
 from swat_jax.sparsity import granularity as granularities
-from swat_jax.sparsity import packing, thresholds, top_k
-from swat_jax.sparsity.top_k import Count
 from swat_jax.sparsity.varying import varying_axes
-
-# Inputs that are less sparse than this are not packed: it would save no memory.
-LEAST_PACKED_SPARSITY = 0.15
-
-# What a SWAT layer has besides the attributes of the stock layer.
-SPARSE_ATTRIBUTES = (
-    *("granularity", "pack", "algorithms", "deterministic", "measure"),
-    *("weight_sparsity", "activation_sparsity", "threshold_every_steps"),
-    *("weight_budget", "weight_threshold", "activation_threshold", "threshold_age"),
-    *("next_weight_threshold", "measured_sparsity"),
-)
-
-
-class Threshold(nnx.Variable):
-    """Smallest magnitude that is kept: a scalar that is reused between refresh steps."""
-
-
-class WeightThreshold(Threshold):
-    """Threshold of a layer's weights; the same on every device."""
-
-
-class ActivationThreshold(Threshold):
-    """Threshold of a layer's input; each device has its own, from its part of the batch."""
-
-
-class NextWeightThreshold(nnx.Variable):
-    """Threshold of a layer's weights that `find_weight_thresholds` found for its next call."""
-
-
-class ThresholdAge(nnx.Variable):
-    """int32: training steps since thresholds were recomputed; 0 means "recompute now"."""
-
-
-class WeightBudget(nnx.Variable):
-    """int32: how many weights the layer keeps (SWAT-M); used from the next refresh on."""
-
-
-class MeasuredSparsity(nnx.Variable):
-    """float32[3], of the last call: zeros in the weights and in the saved input, and losses.
-
-    The first two are fractions; the third counts the values that were to be kept of the input, but
-    were dropped for want of room.
-    """
-
-
-class _SwatLayer(nnx.Module):
-    """What both layers share: how many values are kept, and which thresholds are in use."""
-
-    kernel: nnx.Param[jax.Array]
-    next_weight_threshold: NextWeightThreshold | None
-
-    # Whether thresholds are recomputed at every step whatever the period.
-    _always_exact: ClassVar[bool] = False
-
-    def start(
-        self,
-        *,
-        granularity: str,
-        weight_sparsity: float,
-        activation_sparsity: float | None,
-        threshold_every_steps: int,
-        pack: bool | None,
-        algorithms: Algorithms = PLAIN,
-        dynamic_budget: bool = False,
-    ) -> None:
-        """Adds what a stock layer has not: see `SPARSE_ATTRIBUTES`."""
-        self.granularity = granularities.check(granularity)
-        self.pack = kernels.packs() if pack is None else pack
-        self.algorithms = algorithms
-        self.deterministic = False
-        self.measure = False
-        self.set_sparsity(
-            weight_sparsity=weight_sparsity,
-            activation_sparsity=(
-                weight_sparsity if activation_sparsity is None else activation_sparsity
-            ),
-            threshold_every_steps=threshold_every_steps,
-            dynamic_budget=dynamic_budget,
-        )
-
-    def set_view(self, deterministic: bool | None = None) -> None:
-        """Called by `flax.nnx.view`: training mode (False) or evaluation mode (True)."""
-        if deterministic is not None:
-            self.deterministic = deterministic
-
-    def set_sparsity(
-        self,
-        *,
-        weight_sparsity: float,
-        activation_sparsity: float,
-        threshold_every_steps: int = 1,
-        dynamic_budget: bool = False,
-    ) -> None:
-        """Sets how sparse the layer is, and makes or drops the state that this needs.
-
-        Args:
-          weight_sparsity: fraction of zeros in the weights, in ``[0, 1)``.
-          activation_sparsity: fraction of zeros in the saved input, in ``[0, 1)``. With a dynamic
-            budget it follows the weights' instead.
-          threshold_every_steps: steps between recomputed thresholds; 1 is exact.
-          dynamic_budget: whether the number of kept weights is state that may change.
-
-        Raises:
-          UsageError: if one of them is out of range.
-        """
-        keep = top_k.keep_count(weight_sparsity, self._units, argument="weight_sparsity")
-        top_k.check_sparsity(activation_sparsity, "activation_sparsity")
-        period = thresholds.check_period(threshold_every_steps)
-        self.weight_sparsity, self.activation_sparsity = weight_sparsity, activation_sparsity
-        self.threshold_every_steps = period
-        reused = period > 1 and not self._always_exact
-        # Masks of channels, filters or vectors are cheap: few units, and exact at every step.
-        reused_weights = reused and self.granularity == "unstructured"
-        # Wide enough to hold a threshold of any type that the input may have.
-        zero = jnp.zeros((), jax.dtypes.canonicalize_dtype(jnp.float64))
-        budget = WeightBudget(jnp.asarray(keep, jnp.int32)) if dynamic_budget else None
-        sparse_weights = dynamic_budget or weight_sparsity > 0
-        weights = WeightThreshold(zero) if reused_weights and sparse_weights else None
-        sparse_activations = dynamic_budget or activation_sparsity > 0
-        activations = ActivationThreshold(zero) if reused and sparse_activations else None
-        stateful = weights is not None or activations is not None
-        self.weight_budget = nnx.data(budget)
-        self.weight_threshold = nnx.data(weights)
-        self.activation_threshold = nnx.data(activations)
-        self.threshold_age = nnx.data(ThresholdAge(jnp.zeros((), jnp.int32)) if stateful else None)
-        self.next_weight_threshold = nnx.data(None)
-        self.measured_sparsity = nnx.data(None)
-
-    @property
-    def _units(self) -> int:
-        return granularities.units(self.kernel.get_value().shape, self.granularity)
-
-    def weight_keep(self) -> Count:
-        """How many units of the weights (see `granularity.units`) are kept."""
-        if self.weight_budget is not None:
-            return self.weight_budget[...]
-        return top_k.keep_count(self.weight_sparsity, self._units)
-
-    def activation_keep(self, size: int) -> Count:
-        """How many of ``size`` input values are kept for the backward pass."""
-        if self.weight_budget is not None:
-            return top_k.scale_count(self.weight_budget[...], self._units, size)
-        return top_k.keep_count(self.activation_sparsity, size)
-
-    @property
-    def packs(self) -> bool:
-        """Whether the saved input is packed in the present mode."""
-        return self.packs_in_training and not self.deterministic
-
-    @property
-    def packs_in_training(self) -> bool:
-        """Whether the saved input is packed in training mode."""
-        return self.pack and self.activation_sparsity >= LEAST_PACKED_SPARSITY
-
-    @property
-    def masks_own_kernel(self) -> bool:
-        """Whether the next call masks weights, and takes them as they are in ``kernel``."""
-        sparse = self.weight_budget is not None or self.weight_sparsity > 0
-        given: Any = self
-        unchanged = given.promote_dtype is keep_kernel_dtype and getattr(self, "mask", None) is None
-        is_one = self.kernel.get_value().ndim == len(getattr(self, "kernel_size", ())) + 2
-        return sparse and unchanged and is_one and not self.deterministic
-
-    def activation_capacity(self, size: int) -> int:
-        """Room for packed values of an input of ``size``.
-
-        A dynamic budget may come to keep everything, so there is room for that.
-        """
-        if self.weight_budget is not None:
-            return size
-        return packing.capacity(top_k.keep_count(self.activation_sparsity, size), size)
-
-    def keep_threshold(self, limit: jax.Array) -> None:
-        """Takes the threshold that its input was packed with, if it reuses thresholds."""
-        if self.activation_threshold is not None:
-            stored = self.activation_threshold[...]
-            self.activation_threshold[...] = limit.astype(stored.dtype)
-
-    def _selection(self, given: Activation, x: jax.Array, kernel: jax.Array) -> dict[str, Any]:
-        """The arguments that say to `functional` what is kept, after a refresh if one is due.
-
-        And what computes it, in training.
-
-        Args:
-          given: the input as it came.
-          x: the input as the product takes it.
-          kernel: the weights.
-        """
-        weight_keep = self.weight_keep()
-        if self.deterministic:
-            return {"weight_keep": weight_keep, "activation_sparsity": 0.0}
-        activation_keep = self.activation_keep(x.size)
-        selection: dict[str, Any] = {"algorithms": self.algorithms}
-
-        scores = granularities.score(kernel, self.granularity)
-        if self.next_weight_threshold is not None:
-            selection["weight_threshold"] = self.next_weight_threshold[...]
-            self.next_weight_threshold = nnx.data(None)
-        elif self.weight_threshold is None:
-            selection["weight_keep"] = weight_keep
-        else:
-            selection["weight_threshold"] = self._refresh(
-                self.weight_threshold, scores, weight_keep
-            )
-        if given.packed is None and self.packs:
-            packed, limits = kernels.select(x, selection_for([self], [activation_keep], x))
-            self.keep_threshold(limits[0])
-            given = Activation(given.x, packed, limits[0])
-        if given.packed is not None:
-            # Who packed it has refreshed the threshold.
-            selection |= {"packed": given.packed, "activation_threshold": given.threshold}
-        elif self.activation_threshold is None:
-            selection["activation_keep"] = activation_keep
-        else:
-            selection["activation_threshold"] = self._refresh(
-                self.activation_threshold, x, activation_keep
-            )
-        if self.threshold_age is not None:
-            self.threshold_age[...] = (self.threshold_age[...] + 1) % self.threshold_every_steps
-        if self.measure:
-            self.measured_sparsity = nnx.data(self._measured(x, kernel, selection))
-        return selection
-
-    def _measured(
-        self, x: jax.Array, kernel: jax.Array, selection: dict[str, Any]
-    ) -> MeasuredSparsity:
-        """What the masks of this call let through, for which there is no gradient."""
-        x, kernel, packed = lax.stop_gradient((x, kernel, selection.get("packed")))
-        weight_limit = selection.get("weight_threshold")
-        if weight_limit is None:
-            scores = granularities.score(kernel, self.granularity)
-            weight_limit = kernels.threshold(scores, selection["weight_keep"])
-        limit = selection.get("activation_threshold")
-        if limit is None:
-            limit = kernels.threshold(x, selection["activation_keep"])
-        masked = granularities.masked_weights(kernel, self.granularity, weight_limit)
-        # XLA may compare values that it makes in this program before it has rounded them, and
-        # the packed ones are rounded.
-        kept = top_k.mask(lax.optimization_barrier(x), limit)
-        dropped = jnp.float32(0)
-        if packed is not None:
-            held = top_k.mask(kernels.unpack(packed), limit)
-            dropped = jnp.sum(kept & ~held, dtype=jnp.uint32).astype(jnp.float32)
-        found = [jnp.mean(masked == 0), 1 - jnp.mean(kept), dropped]
-        return MeasuredSparsity(jnp.stack(found))
-
-    @property
-    def is_due(self) -> jax.Array:
-        """Whether thresholds that are state are recomputed in the next call."""
-        assert self.threshold_age is not None
-        return self.threshold_age[...] == 0
-
-    def _refresh(self, stored: Threshold, x: jax.Array, keep: Count) -> jax.Array:
-        stored[...] = kernels.refreshed_threshold(self.is_due, x, keep, stored[...])
-        return stored[...]
-
-
-@contextlib.contextmanager
-def find_weight_thresholds(model: nnx.Module) -> Iterator[None]:
-    """Finds the weight thresholds of all SWAT layers of a model in training mode, for one call.
-
-    Layers would find the same themselves when they are called, one after the other; for all of
-    them together it takes one kernel. It changes thresholds that are state. Weights must stay as
-    they are inside; what no layer has used is forgotten at the end. Layers whose weights are
-    stacked (`flax.nnx.vmap`) are left to themselves.
-
-    Args:
-      model: with SWAT layers anywhere in it.
-
-    Example:
-      >>> model = SwatConv(3, 16, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
-      >>> with find_weight_thresholds(model):
-      ...     y = model(jnp.ones((1, 8, 8, 3)))
-    """
-    alike: dict[Any, list[_SwatLayer]] = {}
-    for _, layer in nnx.iter_modules(model):
-        if isinstance(layer, _SwatLayer) and layer.masks_own_kernel:
-            kernel = layer.kernel.get_value()
-            alike.setdefault((kernel.dtype, varying_axes(kernel)), []).append(layer)
-    for (dtype, _), layers in alike.items():
-        zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
-        stored = [layer.weight_threshold for layer in layers]
-        limits = kernels.refreshed_thresholds(
-            [one is None or layer.is_due for one, layer in zip(stored, layers, strict=True)],
-            [granularities.score(layer.kernel.get_value(), layer.granularity) for layer in layers],
-            [layer.weight_keep() for layer in layers],
-            [zero if one is None else one[...] for one in stored],
-        )
-        for layer, one, limit in zip(layers, stored, limits, strict=True):
-            layer.next_weight_threshold = nnx.data(NextWeightThreshold(limit))
-            if one is not None:
-                one[...] = limit
-    try:
-        yield
-    finally:
-        for layer in itertools.chain(*alike.values()):
-            if layer.next_weight_threshold is not None:
-                layer.next_weight_threshold = nnx.data(None)
-
-
-def selection_for(
-    readers: Sequence[Any], keeps: Sequence[Count], x: jax.Array
-) -> kernels.Selection:
-    """What is packed of ``x`` for SWAT layers that all reuse their thresholds, or none of them.
-
-    Args:
-      readers: the layers, one or two.
-      keeps: how many values each of them keeps.
-      x: their input.
-    """
-    first = readers[0]
-    reuses = first.activation_threshold is not None
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    stored = [reader.activation_threshold[...] for reader in readers] if reuses else None
-    return kernels.Selection(
-        keep=jnp.stack([jnp.stack(top_k.words(keep)) for keep in keeps]),
-        capacity=max(reader.activation_capacity(x.size) for reader in readers),
-        is_refresh=first.is_due if reuses else None,
-        stored=jnp.stack(stored).astype(wide) if stored else None,
-    )
 
 
 class _Bound:
@@ -368,7 +45,7 @@ class _Bound:
         return getattr(self._layer, name)
 
 
-class SwatConv(nnx.Conv, _SwatLayer):
+class SwatConv(nnx.Conv, SwatLayer):
     """Convolution whose weights are sparse in both passes, its saved input in the backward one.
 
     Takes all arguments of `flax.nnx.Conv` but ``conv_general_dilated``, and these:
@@ -474,11 +151,11 @@ class SwatConv(nnx.Conv, _SwatLayer):
             granularity=self.granularity,
             precision=precision,
             preferred_element_type=preferred_element_type,
-            **self._selection(given or Activation(lhs), lhs, rhs),
+            **self.selection(given or Activation(lhs), lhs, rhs),
         )
 
 
-class SwatLinear(nnx.Linear, _SwatLayer):
+class SwatLinear(nnx.Linear, SwatLayer):
     """Linear layer with sparse weights in both passes, and a sparse input in the backward one.
 
     Takes all arguments of `flax.nnx.Linear` but ``dot_general``, and those of `SwatConv`.
@@ -490,7 +167,7 @@ class SwatLinear(nnx.Linear, _SwatLayer):
       (8, 10)
     """
 
-    _always_exact = True
+    always_exact = True
 
     def __init__(
         self,
@@ -541,24 +218,51 @@ class SwatLinear(nnx.Linear, _SwatLayer):
             rhs,
             precision=precision,
             preferred_element_type=preferred_element_type,
-            **self._selection(given or Activation(lhs), lhs, rhs),
+            **self.selection(given or Activation(lhs), lhs, rhs),
         )
 
 
-def keep_kernel_dtype(
-    args: tuple[jax.Array, jax.Array, jax.Array | None], /, *, dtype: Any = None
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Stock type promotion of (inputs, kernel, bias), but for the kernel.
+@contextlib.contextmanager
+def find_weight_thresholds(model: nnx.Module) -> Iterator[None]:
+    """Finds the weight thresholds of all SWAT layers of a model in training mode, for one call.
 
-    The mask is taken from the master weights; `functional` rounds what is left.
+    Layers would find the same themselves when they are called, one after the other; for all of
+    them together it takes one kernel. It changes thresholds that are state. Weights must stay as
+    they are inside; what no layer has used is forgotten at the end. Layers whose weights are
+    stacked (`flax.nnx.vmap`) are left to themselves.
+
+    Args:
+      model: with SWAT layers anywhere in it.
+
+    Example:
+      >>> model = SwatConv(3, 16, (3, 3), weight_sparsity=0.9, rngs=nnx.Rngs(0))
+      >>> with find_weight_thresholds(model):
+      ...     y = model(jnp.ones((1, 8, 8, 3)))
     """
-    inputs, kernel, bias = args
-    common = dtypes.canonicalize_dtype(*args, dtype=dtype)
-    return (
-        jnp.asarray(inputs, common),
-        kernel,
-        None if bias is None else jnp.asarray(bias, common),
-    )
+    alike: dict[Any, list[SwatLayer]] = {}
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, SwatLayer) and layer.masks_own_kernel:
+            kernel = layer.kernel.get_value()
+            alike.setdefault((kernel.dtype, varying_axes(kernel)), []).append(layer)
+    for (dtype, _), layers in alike.items():
+        zero = jnp.zeros((), jnp.promote_types(dtype, jnp.float32))
+        stored = [layer.weight_threshold for layer in layers]
+        limits = kernels.refreshed_thresholds(
+            [one is None or layer.is_due for one, layer in zip(stored, layers, strict=True)],
+            [granularities.score(layer.kernel.get_value(), layer.granularity) for layer in layers],
+            [layer.weight_keep() for layer in layers],
+            [zero if one is None else one[...] for one in stored],
+        )
+        for layer, one, limit in zip(layers, stored, limits, strict=True):
+            layer.next_weight_threshold = nnx.data(NextWeightThreshold(limit))
+            if one is not None:
+                one[...] = limit
+    try:
+        yield
+    finally:
+        for layer in itertools.chain(*alike.values()):
+            if layer.next_weight_threshold is not None:
+                layer.next_weight_threshold = nnx.data(None)
 
 
 def refuse_own_product(kwargs: Mapping[str, Any], name: str) -> None:

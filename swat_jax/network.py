@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from swat_jax.layers import (
+from swat_jax.layer_state import (
     ActivationThreshold,
     MeasuredSparsity,
     ThresholdAge,

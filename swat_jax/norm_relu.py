@@ -17,7 +17,8 @@ from jax import lax
 from swat_jax import functional, kernels
 from swat_jax.activations import Activation, Branches
 from swat_jax.dropout import Dropout
-from swat_jax.layers import SwatConv, SwatLinear, selection_for
+from swat_jax.layer_base import selection_for
+from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.sparsity.packing import Packed
 from swat_jax.sparsity.top_k import Count
 

@@ -27,7 +27,8 @@ from jax.sharding import PartitionSpec as P
 from swat_jax import build, dispatch, flops, network, optimizer, pruning
 from swat_jax.data import Info, on_device
 from swat_jax.errors import UsageError
-from swat_jax.layers import MeasuredSparsity, find_weight_thresholds
+from swat_jax.layer_state import MeasuredSparsity
+from swat_jax.layers import find_weight_thresholds
 from swat_jax.network import Network, Tree
 from swat_jax.sparsity import thresholds
 
@@ -245,7 +246,7 @@ class Trainer:
 
     @functools.cached_property
     def measure(self) -> Callable[..., dict[str, jax.Array]]:
-        """``(state, images, labels) -> {path: float32[3]}``: see `layers.MeasuredSparsity`.
+        """``(state, images, labels) -> {path: float32[3]}``: see `layer_state.MeasuredSparsity`.
 
         A forward pass in training mode with the thresholds that the last step left; it changes
         nothing. Means over the devices.

@@ -19,8 +19,8 @@
 `export` is `swat_jax.export`. On a GPU, ``with swat_jax.layers.find_weight_thresholds(model):``
 around the model's call in training finds the thresholds of all layers in one kernel.
 
-A layer becomes a SWAT layer in its place: its class changes, and the settings of `swat_jax.layers`
-are added. What refers to it, and what it holds, stays.
+A layer becomes a SWAT layer in its place: its class changes, and the settings of
+`swat_jax.layer_base` are added. What refers to it, and what it holds, stays.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ from jax import lax
 
 from swat_jax import kernels
 from swat_jax.errors import UsageError
-from swat_jax.layers import SPARSE_ATTRIBUTES, SwatConv, SwatLinear, keep_kernel_dtype
+from swat_jax.layer_base import SPARSE_ATTRIBUTES, keep_kernel_dtype
+from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.sparsity import granularity as granularities
 from swat_jax.sparsity import top_k
 from swat_jax.sparsity.per_layer import Filter, LayerSparsity, Override, Request, told

@@ -22,7 +22,8 @@ from swat_jax import (
     train,
 )
 from swat_jax.errors import UsageError
-from swat_jax.layers import SwatLinear, WeightBudget
+from swat_jax.layer_state import WeightBudget
+from swat_jax.layers import SwatLinear
 from tests.runs import digits
 
 

@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from swat_jax import data, kernels, step
 from swat_jax.kernels import choice
-from swat_jax.layers import NextWeightThreshold, SwatConv, SwatLinear, find_weight_thresholds
+from swat_jax.layer_state import NextWeightThreshold
+from swat_jax.layers import SwatConv, SwatLinear, find_weight_thresholds
 from tests.runs import digits, needs_library
 
 

@@ -12,16 +12,15 @@ from flax import nnx
 from swat_jax.activations import Activation
 from swat_jax.errors import UsageError
 from swat_jax.kernels import choice
-from swat_jax.layers import (
+from swat_jax.layer_state import (
     ActivationThreshold,
     MeasuredSparsity,
-    SwatConv,
-    SwatLinear,
     Threshold,
     ThresholdAge,
     WeightBudget,
     WeightThreshold,
 )
+from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.norm_relu import BatchNormRelu, apply, branch
 from tests import oracle
 from tests.strategies import Grid

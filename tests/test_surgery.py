@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import swat_jax
 from swat_jax import SwatConv, SwatLinear, densify, export, kernels, models, sparsify
 from swat_jax.errors import UsageError
+from swat_jax.layer_state import Threshold
 from tests import oracle
 from tests.own_models import LABELS, Net, X, by_hand, stock
 
@@ -324,9 +325,9 @@ def test_evaluation_and_training_as_in_flax():
     assert not any(layer.deterministic for layer in convs)
     model.eval()
     assert all(layer.deterministic for layer in convs)
-    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, swat_jax.layers.Threshold)))
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, Threshold)))
     model(X)
-    after = nnx.to_pure_dict(nnx.state(model, swat_jax.layers.Threshold))
+    after = nnx.to_pure_dict(nnx.state(model, Threshold))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     model.train()
     assert not any(layer.deterministic for layer in convs)

@@ -24,7 +24,8 @@ from jax.interpreters import ad, batching, mlir
 from swat_jax.activations import Activation
 from swat_jax.dropout import Dropout
 from swat_jax.fusion.state import Changes, Path, Structure, split
-from swat_jax.layers import SwatConv, SwatLinear, keep_kernel_dtype
+from swat_jax.layer_base import keep_kernel_dtype
+from swat_jax.layers import SwatConv, SwatLinear
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

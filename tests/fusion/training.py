@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from swat_jax import SwatConv, SwatLinear
-from swat_jax.layers import ActivationThreshold, ThresholdAge, WeightThreshold
+from swat_jax.layer_state import ActivationThreshold, ThresholdAge, WeightThreshold
 from tests.stock_networks import Layers
 
 # Fused and unfused differ by the order of sums and by how a variance is computed, a few units of

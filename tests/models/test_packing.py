@@ -12,7 +12,8 @@ from flax import nnx
 from swat_jax import functional
 from swat_jax.build import sparse_layers
 from swat_jax.dropout import Dropout
-from swat_jax.layers import ActivationThreshold, SwatConv, SwatLinear
+from swat_jax.layer_state import ActivationThreshold
+from swat_jax.layers import SwatConv, SwatLinear
 from swat_jax.models import densenet, resnet, wide_resnet
 from swat_jax.models.layer_factory import LayerFactory
 from swat_jax.models.layer_types import LayerTypes
