@@ -24,7 +24,16 @@ from typing import Any
 
 import jax
 
-from swat_jax import command_line, config_file, data, export, scoring, sparse_file, step
+from swat_jax import (
+    command_line,
+    config_file,
+    data,
+    data_parallel,
+    export,
+    scoring,
+    sparse_file,
+    step,
+)
 from swat_jax.feed import Stream
 
 
@@ -42,7 +51,7 @@ def evaluate(weights: Path, config: Any) -> dict[str, float]:
       UsageError: no such file, or one of another network than the config's.
     """
     arrays = sparse_file.read(weights).arrays
-    mesh = step.make_mesh(config.devices)
+    mesh = data_parallel.make_mesh(config.devices)
     step.check(config, mesh)
     dataset = data.load(config, process_index=0, process_count=1)
     trainer, make_state = step.make_trainer(config, dataset.info, mesh)

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from swat_jax import command_line, config_file, listing, metrics, step, train
+from swat_jax import command_line, config_file, data_parallel, listing, metrics, train
 from swat_jax.errors import RunError, UsageError
 
 
@@ -45,7 +45,7 @@ def _train(options: Any) -> command_line.Answer | None:
     if config.deterministic:
         train.set_deterministic_flags()
     if options.distributed:
-        step.join_processes()
+        data_parallel.join_processes()
     try:
         result = train.train_and_evaluate(config, options.workdir)
     except jax.errors.JaxRuntimeError as error:

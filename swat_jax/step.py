@@ -21,18 +21,17 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from swat_jax import build, dispatch, flops, network, optimizer, pruning
 from swat_jax.data import Info, on_device
+from swat_jax.data_parallel import AXIS
 from swat_jax.errors import UsageError
 from swat_jax.layer_state import MeasuredSparsity
 from swat_jax.layers import find_weight_thresholds
 from swat_jax.network import Network, Tree
 from swat_jax.sparsity import thresholds
-
-AXIS = "data"
 
 # What a step's randomness is for. Each has a key of its own: the network derives the keys of its
 # dropout layers from one by their number, augmentation splits the other.
@@ -48,57 +47,6 @@ TrainState = dict[str, Any]
 Metrics = dict[str, jax.Array]
 
 
-def make_mesh(devices: int | None = None) -> Mesh:
-    """A mesh with one axis, ``data``, over the first ``devices`` devices (None: all).
-
-    Raises:
-      UsageError: if there are not as many.
-    """
-    try:
-        available = jax.devices()
-    except RuntimeError as error:
-        reason = "; ".join(str(error).splitlines())
-        raise UsageError(
-            f"JAX has no device here, check the environment variable JAX_PLATFORMS: {reason}"
-        ) from error
-    count = len(available) if devices is None else devices
-    if not 1 <= count <= len(available):
-        raise UsageError(
-            f"config.devices must be between 1 and the {len(available)} devices here, got {devices}"
-        )
-    return jax.make_mesh((count,), (AXIS,), axis_types=(AxisType.Auto,), devices=available[:count])
-
-
-def join_processes() -> None:
-    """Makes this process one of several that train together, before a device is used.
-
-    Raises:
-      UsageError: if JAX cannot find out who the others are.
-    """
-    try:
-        jax.distributed.initialize()
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"--distributed: {error} Start it under Slurm or Open MPI, one process per GPU, or in "
-            "Kubernetes, one per host, or leave the flag out"
-        ) from error
-
-
-def connect(mesh: Mesh) -> None:
-    """Connects the processes of a run, while all of them are at the same point.
-
-    Gloo, the transport between CPUs, gives up when a process comes to the first sum over a set of
-    devices 30 seconds before another one, as it does with a program that only the first finds in
-    its compilation cache. Once they are connected, they wait. The two sets are those of the mesh
-    and of JAX's own checks.
-    """
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("swat_jax.connect")
-        add = functools.partial(lax.psum, axis_name=AXIS)
-        run = jax.shard_map(add, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-        jax.block_until_ready(jax.jit(run)(np.float32(1)))
-
-
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """All that training needs besides the state; made by `make_trainer`.
@@ -106,7 +54,7 @@ class Trainer:
     Attributes:
       config: the run's config.
       info: the data set's facts.
-      mesh: from `make_mesh`.
+      mesh: from `data_parallel.make_mesh`.
       sparse: the network that is trained.
       dense: the same network of stock layers, in which weights are evaluated.
       layers: the sparse layers.
@@ -402,7 +350,7 @@ def make_trainer(config: Any, info: Info, mesh: Mesh) -> tuple[Trainer, Callable
     Args:
       config: with the keys of `swat_jax.recipe.base`.
       info: of the data set.
-      mesh: from `make_mesh`.
+      mesh: from `data_parallel.make_mesh`.
 
     Returns:
       The trainer, and a function that makes the state of step 0, on the mesh.
@@ -503,7 +451,7 @@ def check(config: Any, mesh: Mesh) -> None:
 
     Args:
       config: with the keys of `swat_jax.recipe.base`.
-      mesh: from `make_mesh`.
+      mesh: from `data_parallel.make_mesh`.
 
     Raises:
       UsageError: names the key, what it is and what is allowed.

@@ -25,7 +25,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from swat_jax import checkpoint, data, dispatch, flops, metrics, same_run, scoring, step
+from swat_jax import (
+    checkpoint,
+    data,
+    data_parallel,
+    dispatch,
+    flops,
+    metrics,
+    same_run,
+    scoring,
+    step,
+)
 from swat_jax.data import Info
 from swat_jax.errors import RunError, UsageError
 from swat_jax.feed import Resident, Stream, total_steps
@@ -77,9 +87,9 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
     plain = json.loads(json.dumps(config.to_dict()))
     workdir = Path(workdir)
     _check_workdir(workdir, plain)
-    mesh = step.make_mesh(config.devices)
+    mesh = data_parallel.make_mesh(config.devices)
     step.check(config, mesh)
-    step.connect(mesh)
+    data_parallel.connect(mesh)
     dataset = data.load(
         config, process_index=jax.process_index(), process_count=jax.process_count()
     )

@@ -32,6 +32,7 @@ from swat_jax import (
     build,
     command_line,
     config_file,
+    data_parallel,
     dispatch,
     flops,
     kernels,
@@ -72,7 +73,7 @@ def tune(
     """
     if unknown := [op for op in ops if op not in OPS]:
         raise UsageError(f"ops must be some of {', '.join(OPS)}; got {', '.join(unknown)}")
-    mesh = step.make_mesh(config.devices)
+    mesh = data_parallel.make_mesh(config.devices)
     step.check(config, mesh)
     device, backend = mesh.devices.flat[0].device_kind, kernels.backend()
     if output is None and backend != "cuda":

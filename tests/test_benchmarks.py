@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swat_jax import config_file, step, timing
+from swat_jax import config_file, data_parallel, step, timing
 from swat_jax.data import Info
 from swat_jax.models import vgg
 from swat_jax.models.densenet import DenseNet
@@ -349,7 +349,7 @@ def test_seeds_that_train_together_train_as_each_alone(load):
         name="", num_classes=10, image_shape=(8, 8, 1), num_train=32, num_holdout=0, num_test=1,
         mean=(0.3,), std=(0.4,), class_names=tuple("0123456789"),
     )  # fmt: skip
-    mesh = step.make_mesh(1)
+    mesh = data_parallel.make_mesh(1)
     trainer, make_state = step.make_trainer(config, info, mesh)
     states = [make_state()]
     config.seed = 1

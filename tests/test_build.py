@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from swat_jax import build, config_file, flops, layer_table, listing, models, step
+from swat_jax import build, config_file, data_parallel, flops, layer_table, listing, models, step
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
@@ -246,4 +246,4 @@ def test_which_steps_are_traced():
 
 @functools.cache
 def mesh():
-    return step.make_mesh(1)
+    return data_parallel.make_mesh(1)

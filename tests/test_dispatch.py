@@ -13,6 +13,7 @@ from swat_jax import (
     build,
     config_file,
     data,
+    data_parallel,
     dispatch,
     kernels,
     same_run,
@@ -293,7 +294,7 @@ def test_training_computes_with_the_table_and_says_so(tmp_path, monkeypatch, cap
 
 def test_processes_with_different_tables_do_not_train_together(monkeypatch):
     config = digits(batch_size=BATCH)
-    trainer, _ = step.make_trainer(config, data.load(config).info, step.make_mesh(1))
+    trainer, _ = step.make_trainer(config, data.load(config).info, data_parallel.make_mesh(1))
     monkeypatch.setattr(step.jax, "process_count", lambda: 2)
     gathered = {"all": lambda mark: np.stack([mark, mark])}
     monkeypatch.setattr(
@@ -312,7 +313,7 @@ def test_on_a_cpu_a_step_is_that_of_plain(fake_devices):
     for setting in ("tuned", "plain"):
         config = digits(batch_size=BATCH, sparsity__algorithms=setting)
         info = data.load(config).info
-        trainer, make_state = step.make_trainer(config, info, step.make_mesh(1))
+        trainer, make_state = step.make_trainer(config, info, data_parallel.make_mesh(1))
         trainer, notes = step.choose_algorithms(trainer)
         assert len(notes) == (setting == "tuned")
         images = np.zeros((BATCH, 8, 8, 1), np.uint8)
@@ -328,7 +329,7 @@ def test_a_checkpoint_does_not_depend_on_it(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     save(dict.fromkeys(names_of(model, x).values(), times(forward="fake")), path)
     config = digits(batch_size=BATCH, sparsity__algorithms=str(path))
-    trainer, _ = step.make_trainer(config, data.load(config).info, step.make_mesh(1))
+    trainer, _ = step.make_trainer(config, data.load(config).info, data_parallel.make_mesh(1))
     tuned, notes = step.choose_algorithms(trainer)
     assert len(notes) == 10
     assert tuned.sparse.graph != trainer.sparse.graph

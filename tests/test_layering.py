@@ -43,7 +43,7 @@ LEVELS = (
     {"dispatch"},
     {"kept_bytes"},
     {"flops", "listing", "model_summary"},
-    {"network"},
+    {"network", "data_parallel"},
     {"pruning"},
     {"step", "budgets"},
     {"feed"},
