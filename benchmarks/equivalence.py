@@ -58,7 +58,7 @@ def train(backend: str, options: argparse.Namespace) -> dict[str, Any]:
     import jax
     import numpy as np
 
-    from swat_jax import config_file, data, data_parallel, kernels, step
+    from swat_jax import config_file, data, data_parallel, kernels, training_setup
 
     config: Any = config_file.load(f"{CONFIG}:{options.method}")
     config.batch_size = options.batch
@@ -74,7 +74,7 @@ def train(backend: str, options: argparse.Namespace) -> dict[str, Any]:
             names = next(names for names in NAMES if names[0] in file)
             images, labels = file[names[0]], file[names[1]].ravel().astype(np.int32)
         info = dataclasses.replace(info, name=options.data, num_train=len(images))
-    trainer, make_state = step.make_trainer(config, info, data_parallel.make_mesh(1))
+    trainer, make_state = training_setup.make_trainer(config, info, data_parallel.make_mesh(1))
     images = jax.device_put(images, trainer.replicated)
     labels = jax.device_put(labels, trainer.replicated)
     # XLA is slow in loops on a CPU.

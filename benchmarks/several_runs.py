@@ -40,7 +40,7 @@ def run_one(network: str, method: str, count: int) -> None:
     import jax.numpy as jnp
     import training_step
 
-    from swat_jax import step
+    from swat_jax import training_setup
 
     name, batch = network.split(":")
     first = training_step.make(name, method, int(batch))
@@ -53,7 +53,7 @@ def run_one(network: str, method: str, count: int) -> None:
         for seed in range(1, count):
             config = first.config.copy_and_resolve_references()
             config.seed = seed
-            states.append(step.make_trainer(config, first.info, first.trainer.mesh)[1]())
+            states.append(training_setup.make_trainer(config, first.info, first.trainer.mesh)[1]())
         state, batched = together(first.trainer, states, first.steps)
         compiled = jax.jit(batched, donate_argnums=0).lower(state, *arguments).compile()
 

@@ -18,7 +18,7 @@ import stock_model
 from flax import nnx
 from methods import Method
 
-from swat_jax import build, config_file, data_parallel, step
+from swat_jax import build, config_file, data_parallel, step, training_setup
 from swat_jax.data import Info
 from swat_jax.models.densenet import DenseLayer, Transition
 from swat_jax.models.resnet import BasicBlock, Bottleneck
@@ -197,8 +197,8 @@ def make(
         num_train=1_281_167 if size == 224 else 50_000, num_holdout=0, num_test=1,
         mean=(0.5,) * 3, std=(0.25,) * 3, class_names=tuple(map(str, range(classes))),
     )  # fmt: skip
-    trainer, make_state = step.make_trainer(config, info, data_parallel.make_mesh(1))
-    trainer, notes = step.choose_algorithms(trainer)
+    trainer, make_state = training_setup.make_trainer(config, info, data_parallel.make_mesh(1))
+    trainer, notes = training_setup.choose_algorithms(trainer)
     train_step: Any = trainer.train_step
     shape = (batch, size, size, 3)
     if only_compile:

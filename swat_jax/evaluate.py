@@ -32,7 +32,7 @@ from swat_jax import (
     export,
     scoring,
     sparse_file,
-    step,
+    training_setup,
 )
 from swat_jax.feed import Stream
 
@@ -52,9 +52,9 @@ def evaluate(weights: Path, config: Any) -> dict[str, float]:
     """
     arrays = sparse_file.read(weights).arrays
     mesh = data_parallel.make_mesh(config.devices)
-    step.check(config, mesh)
+    training_setup.check(config, mesh)
     dataset = data.load(config, process_index=0, process_count=1)
-    trainer, make_state = step.make_trainer(config, dataset.info, mesh)
+    trainer, make_state = training_setup.make_trainer(config, dataset.info, mesh)
     trees = export.trees_of(weights, arrays, make_state)
     # From the host, whatever training does: each batch is used once.
     batches = Stream(trainer, dataset).evaluation("test")

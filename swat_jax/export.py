@@ -31,7 +31,15 @@ import numpy as np
 from flax import nnx, traverse_util
 from ml_collections import ConfigDict
 
-from swat_jax import checkpoint, command_line, data_parallel, network, pruning, sparse_file, step
+from swat_jax import (
+    checkpoint,
+    command_line,
+    data_parallel,
+    network,
+    pruning,
+    sparse_file,
+    training_setup,
+)
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
 from swat_jax.files import replace_bytes
@@ -210,7 +218,7 @@ def trees_of(weights: Path, arrays: dict[str, np.ndarray], make_state: Any) -> d
     Args:
       weights: the file, for messages.
       arrays: what it holds.
-      make_state: from `step.make_trainer`.
+      make_state: from `training_setup.make_trainer`.
 
     Raises:
       UsageError: they are those of another network.
@@ -244,7 +252,9 @@ def of_run(workdir: Path) -> tuple[dict[str, np.ndarray], set[str], dict[str, An
         raise UsageError(
             f"{workdir} must be the workdir of a run that is done: {error!r}"
         ) from error
-    trainer, make_state = step.make_trainer(ConfigDict(plain), info, data_parallel.make_mesh(1))
+    trainer, make_state = training_setup.make_trainer(
+        ConfigDict(plain), info, data_parallel.make_mesh(1)
+    )
     with checkpoint.Checkpointer(workdir / "checkpoints", config=plain) as checkpoints:
         restored = checkpoints.restore(make_state(), refresh=("activation_thresholds",))
     if restored is None or restored.step != steps:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from swat_jax import build, command_line, data_parallel, export, sparse_file, step
+from swat_jax import build, command_line, data_parallel, export, sparse_file, training_setup
 from swat_jax.data import decode, on_device
 from swat_jax.errors import UsageError
 
@@ -47,7 +47,7 @@ def predict(weights: Path, images: Sequence[Path]) -> list[list[tuple[str, float
         plain = found.facts["config"]
         info = export.info_of(plain, found.facts)
         config: Any = ConfigDict(plain)
-        trainer, make_state = step.make_trainer(config, info, data_parallel.make_mesh(1))
+        trainer, make_state = training_setup.make_trainer(config, info, data_parallel.make_mesh(1))
         margin = config.data.augmentation == "random_resized_crop"
         trees = export.trees_of(weights, found.arrays, make_state)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:

@@ -112,7 +112,7 @@ def evaluate(
     """Scores of weights, as they are, in the dense network.
 
     Args:
-      trainer: from `step.make_trainer`.
+      trainer: from `training_setup.make_trainer`.
       batches: images and labels, as `step.put_batch` makes them.
       params: weights.
       batch_stats: running averages of batch norm.

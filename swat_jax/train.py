@@ -35,6 +35,7 @@ from swat_jax import (
     same_run,
     scoring,
     step,
+    training_setup,
 )
 from swat_jax.data import Info
 from swat_jax.errors import RunError, UsageError
@@ -88,13 +89,13 @@ def train_and_evaluate(config: Any, workdir: str | os.PathLike[str]) -> dict[str
     workdir = Path(workdir)
     _check_workdir(workdir, plain)
     mesh = data_parallel.make_mesh(config.devices)
-    step.check(config, mesh)
+    training_setup.check(config, mesh)
     data_parallel.connect(mesh)
     dataset = data.load(
         config, process_index=jax.process_index(), process_count=jax.process_count()
     )
-    trainer, make_state = step.make_trainer(config, dataset.info, mesh)
-    trainer, notes = step.choose_algorithms(trainer)
+    trainer, make_state = training_setup.make_trainer(config, dataset.info, mesh)
+    trainer, notes = training_setup.choose_algorithms(trainer)
     best = config.checkpoint.select == "best_holdout"
     feed = (Resident if config.data.on_device else Stream)(trainer, dataset)
     report = scoring.Report()

@@ -38,7 +38,7 @@ from swat_jax import (
     kernels,
     native,
     patterns,
-    step,
+    training_setup,
     trial,
 )
 from swat_jax.algorithm_table import Table, Times
@@ -74,7 +74,7 @@ def tune(
     if unknown := [op for op in ops if op not in OPS]:
         raise UsageError(f"ops must be some of {', '.join(OPS)}; got {', '.join(unknown)}")
     mesh = data_parallel.make_mesh(config.devices)
-    step.check(config, mesh)
+    training_setup.check(config, mesh)
     device, backend = mesh.devices.flat[0].device_kind, kernels.backend()
     if output is None and backend != "cuda":
         raise UsageError(

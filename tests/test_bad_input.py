@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from swat_jax import checkpoint, data, data_parallel, main, metrics, step, train
+from swat_jax import checkpoint, data, data_parallel, main, metrics, train, training_setup
 from tests.data.configs import encode, random_images
 from tests.runs import ROOT, digits
 
@@ -276,7 +276,9 @@ def started(tmp_path_factory):
     """The workdir of a run with two checkpoints, as training leaves it."""
     workdir = tmp_path_factory.mktemp("started") / "run"
     config = digits("dense", checkpoint__keep=2)
-    _, make_state = step.make_trainer(config, data.load(config).info, data_parallel.make_mesh(1))
+    _, make_state = training_setup.make_trainer(
+        config, data.load(config).info, data_parallel.make_mesh(1)
+    )
     state = make_state()
     metrics.write_json(workdir / "config.json", config.to_dict())
     (workdir / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 2.5}\n')

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swat_jax import config_file, data_parallel, step, timing
+from swat_jax import config_file, data_parallel, timing, training_setup
 from swat_jax.data import Info
 from swat_jax.models import vgg
 from swat_jax.models.densenet import DenseNet
@@ -116,12 +116,12 @@ def test_a_users_own_model_is_trained_by_the_same_steps(load, monkeypatch, metho
     steps, one = load("training_step"), load("methods").OWN_MODEL[method]
     monkeypatch.setattr(steps.stock_model, "SIZES", (1, 1))
     monkeypatch.setattr(steps.stock_model, "WIDTH", 4)
-    before = step.build.build
+    before = training_setup.build.build
     settings = {"sparsity.pack": True}
     with steps.apart(one):
         found = steps.make("imagenet_resnet50", one.name, 1, settings=settings, only_compile=True)
     assert found.temporary_bytes > 0
-    assert step.build.build is before
+    assert training_setup.build.build is before
     table = load("own_model").compared(
         [
             {"method": one.name, "ms": 10.0, "peak_mib": 100.0},
@@ -350,10 +350,10 @@ def test_seeds_that_train_together_train_as_each_alone(load):
         mean=(0.3,), std=(0.4,), class_names=tuple("0123456789"),
     )  # fmt: skip
     mesh = data_parallel.make_mesh(1)
-    trainer, make_state = step.make_trainer(config, info, mesh)
+    trainer, make_state = training_setup.make_trainer(config, info, mesh)
     states = [make_state()]
     config.seed = 1
-    states.append(step.make_trainer(config, info, mesh)[1]())
+    states.append(training_setup.make_trainer(config, info, mesh)[1]())
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.integers(0, 256, (32, 8, 8, 1)), jnp.uint8)
     labels, order = jnp.asarray(rng.integers(0, 10, 32), jnp.int32), jnp.arange(32)

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from swat_jax import build, config_file, data_parallel, flops, layer_table, listing, models, step
+from swat_jax import (
+    build,
+    config_file,
+    data_parallel,
+    flops,
+    layer_table,
+    listing,
+    models,
+    training_setup,
+)
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
@@ -169,7 +178,7 @@ def test_a_training_step_traces(key):
         std=config.data.std,
         class_names=tuple(map(str, range(classes))),
     )
-    trainer, make_state = step.make_trainer(config, info, mesh())
+    trainer, make_state = training_setup.make_trainer(config, info, mesh())
     state = jax.eval_shape(make_state)
     images = jax.ShapeDtypeStruct((config.batch_size, size, size, channels), jnp.uint8)
     labels = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32)

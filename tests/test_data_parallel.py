@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swat_jax import config_file, data, data_parallel, optimizer, step
+from swat_jax import config_file, data, data_parallel, optimizer, step, training_setup
 from tests import oracle
 
 PARTS = 4
@@ -32,7 +32,7 @@ def batch(dataset):
 
 @pytest.fixture(scope="module")
 def single(dataset):
-    return step.make_trainer(digits(1), dataset.info, data_parallel.make_mesh(1))
+    return training_setup.make_trainer(digits(1), dataset.info, data_parallel.make_mesh(1))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def quarters(single, batch):
 
 @pytest.fixture(scope="module")
 def together(dataset, batch, fake_devices):
-    trainer, make_state = step.make_trainer(
+    trainer, make_state = training_setup.make_trainer(
         digits(PARTS), dataset.info, data_parallel.make_mesh(PARTS)
     )
     return trainer.train_step(make_state(), *step.put_batch(trainer, *batch))

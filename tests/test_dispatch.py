@@ -19,6 +19,7 @@ from swat_jax import (
     same_run,
     step,
     train,
+    training_setup,
 )
 from swat_jax.algorithm_table import Table, Times
 from swat_jax.algorithms import PLAIN, Algorithms
@@ -294,16 +295,18 @@ def test_training_computes_with_the_table_and_says_so(tmp_path, monkeypatch, cap
 
 def test_processes_with_different_tables_do_not_train_together(monkeypatch):
     config = digits(batch_size=BATCH)
-    trainer, _ = step.make_trainer(config, data.load(config).info, data_parallel.make_mesh(1))
-    monkeypatch.setattr(step.jax, "process_count", lambda: 2)
+    trainer, _ = training_setup.make_trainer(
+        config, data.load(config).info, data_parallel.make_mesh(1)
+    )
+    monkeypatch.setattr(training_setup.jax, "process_count", lambda: 2)
     gathered = {"all": lambda mark: np.stack([mark, mark])}
     monkeypatch.setattr(
-        step.multihost_utils, "process_allgather", lambda mark: gathered["all"](mark)
+        training_setup.multihost_utils, "process_allgather", lambda mark: gathered["all"](mark)
     )
-    assert len(step.choose_algorithms(trainer)[1]) == 1
+    assert len(training_setup.choose_algorithms(trainer)[1]) == 1
     gathered["all"] = lambda mark: np.stack([mark, mark + 1])
     with pytest.raises(UsageError, match="have different tables; give all of them the same one"):
-        step.choose_algorithms(trainer)
+        training_setup.choose_algorithms(trainer)
 
 
 def test_on_a_cpu_a_step_is_that_of_plain(fake_devices):
@@ -313,8 +316,8 @@ def test_on_a_cpu_a_step_is_that_of_plain(fake_devices):
     for setting in ("tuned", "plain"):
         config = digits(batch_size=BATCH, sparsity__algorithms=setting)
         info = data.load(config).info
-        trainer, make_state = step.make_trainer(config, info, data_parallel.make_mesh(1))
-        trainer, notes = step.choose_algorithms(trainer)
+        trainer, make_state = training_setup.make_trainer(config, info, data_parallel.make_mesh(1))
+        trainer, notes = training_setup.choose_algorithms(trainer)
         assert len(notes) == (setting == "tuned")
         images = np.zeros((BATCH, 8, 8, 1), np.uint8)
         inputs = step.put_batch(trainer, images, np.zeros(BATCH, np.int32))
@@ -329,8 +332,10 @@ def test_a_checkpoint_does_not_depend_on_it(tmp_path, monkeypatch):
     path = tmp_path / "table.json"
     save(dict.fromkeys(names_of(model, x).values(), times(forward="fake")), path)
     config = digits(batch_size=BATCH, sparsity__algorithms=str(path))
-    trainer, _ = step.make_trainer(config, data.load(config).info, data_parallel.make_mesh(1))
-    tuned, notes = step.choose_algorithms(trainer)
+    trainer, _ = training_setup.make_trainer(
+        config, data.load(config).info, data_parallel.make_mesh(1)
+    )
+    tuned, notes = training_setup.choose_algorithms(trainer)
     assert len(notes) == 10
     assert tuned.sparse.graph != trainer.sparse.graph
     for name, types in trainer.sparse.types.items():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from swat_jax import config_file, data_parallel, feed, scoring, step
+from swat_jax import config_file, data_parallel, feed, scoring, step, training_setup
 from swat_jax.data import Info
 
 CLASSES = 10
@@ -15,7 +15,7 @@ INFO = Info("digits", CLASSES, (8, 8, 1), 64, 0, 30, (0.3,), (0.4,), tuple("0123
 @pytest.fixture(scope="module")
 def trainer(fake_devices):
     config = config_file.load("configs/digits.py:dense")
-    return step.make_trainer(config, INFO, data_parallel.make_mesh(4))
+    return training_setup.make_trainer(config, INFO, data_parallel.make_mesh(4))
 
 
 def weights(made, logits):

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from swat_jax import data, data_parallel, kernels, step
+from swat_jax import data, data_parallel, kernels, training_setup
 from swat_jax.kernels import choice
 from swat_jax.layer_state import NextWeightThreshold
 from swat_jax.layers import SwatConv, SwatLinear, find_weight_thresholds
@@ -144,7 +144,9 @@ def test_a_training_step_finds_them_in_one_kernel(period, monkeypatch):
     monkeypatch.setenv("SWAT_JAX_BACKEND", "cuda")
     config = digits("u90", batch_size=32, sparsity__threshold_every_steps=period)
     dataset = data.load(config)
-    trainer, make_state = step.make_trainer(config, dataset.info, data_parallel.make_mesh(1))
+    trainer, make_state = training_setup.make_trainer(
+        config, dataset.info, data_parallel.make_mesh(1)
+    )
     images, labels = next(dataset.train(0)).values()
     traced = trainer.train_step.trace(make_state(), images, labels)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

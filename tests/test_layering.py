@@ -46,7 +46,7 @@ LEVELS = (
     {"network", "data_parallel"},
     {"pruning"},
     {"step", "budgets"},
-    {"feed"},
+    {"feed", "training_setup"},
     {"scoring"},
     {"train", "trial"},
     {"tune"},

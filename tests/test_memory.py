@@ -9,7 +9,15 @@ import pytest
 from flax import nnx
 from jax.extend.core import Literal
 
-from swat_jax import build, config_file, data_parallel, functional, kept_bytes, method, step
+from swat_jax import (
+    build,
+    config_file,
+    data_parallel,
+    functional,
+    kept_bytes,
+    method,
+    training_setup,
+)
 from swat_jax.data import Info
 from swat_jax.errors import UsageError
 from swat_jax.layers import SwatConv, SwatLinear
@@ -214,7 +222,7 @@ def resnet50_mib(text):
     mean, std = config.data.mean, config.data.std
     names = tuple(map(str, range(1000)))
     info = Info("synthetic", 1000, (224, 224, 3), 1_281_167, 0, 1, mean, std, names)
-    trainer, make_state = step.make_trainer(config, info, data_parallel.make_mesh(1))
+    trainer, make_state = training_setup.make_trainer(config, info, data_parallel.make_mesh(1))
     images = jax.ShapeDtypeStruct((32, 224, 224, 3), np.uint8)
     labels = jax.ShapeDtypeStruct((32,), np.int32)
     state = jax.eval_shape(make_state)

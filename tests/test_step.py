@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from swat_jax import data, data_parallel, network, optimizer, pruning, step
+from swat_jax import data, data_parallel, network, optimizer, pruning, step, training_setup
 from swat_jax.errors import UsageError
 from tests import oracle
 from tests.runs import digits
@@ -24,7 +24,7 @@ def facts():
 @functools.cache
 def trainer_of(method="u90", devices=1, **overrides):
     config = digits(method, devices=devices, batch_size=BATCH, **overrides)
-    return step.make_trainer(config, facts(), data_parallel.make_mesh(devices))
+    return training_setup.make_trainer(config, facts(), data_parallel.make_mesh(devices))
 
 
 @functools.cache
@@ -239,4 +239,6 @@ def test_devices_are_checked():
     with pytest.raises(UsageError, match=r"config\.devices"):
         data_parallel.make_mesh(1000)
     with pytest.raises(UsageError, match="divisible by the 4 devices"):
-        step.make_trainer(digits(batch_size=30, devices=4), facts(), data_parallel.make_mesh(4))
+        training_setup.make_trainer(
+            digits(batch_size=30, devices=4), facts(), data_parallel.make_mesh(4)
+        )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from swat_jax import data, data_parallel, step
+from swat_jax import data, data_parallel, step, training_setup
 from tests.models.test_packing import NETWORKS, SHAPE, build, loss_of
 from tests.runs import digits, needs_library
 
@@ -81,7 +81,9 @@ def test_thresholds_that_are_shared_survive_in_a_state_that_is_used_up():
     """The conv of a shortcut shares its threshold with another; the state is donated."""
     config = digits("u90", sparsity__threshold_every_steps=10, batch_size=64)
     dataset = data.load(config)
-    trainer, make_state = step.make_trainer(config, dataset.info, data_parallel.make_mesh(1))
+    trainer, make_state = training_setup.make_trainer(
+        config, dataset.info, data_parallel.make_mesh(1)
+    )
     state = make_state()
     batch = next(dataset.train(0))
     images, labels = step.put_batch(trainer, batch["image"], batch["label"])

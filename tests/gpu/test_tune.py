@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from swat_jax import algorithm_table, data, data_parallel, kernels, step, tune
+from swat_jax import algorithm_table, data, data_parallel, kernels, step, training_setup, tune
 from swat_jax.algorithms import PLAIN
 from swat_jax.candidates import OPS
 from tests.runs import digits, needs_library
@@ -36,8 +36,8 @@ def test_every_algorithm_is_right_and_trains(method, precision, tmp_path):
             for name, ops in table.layers.items()
         }
         algorithm_table.write(path, table.with_layers(layers))
-        trainer, make_state = step.make_trainer(config, info, data_parallel.make_mesh(1))
-        trainer, notes = step.choose_algorithms(trainer)
+        trainer, make_state = training_setup.make_trainer(config, info, data_parallel.make_mesh(1))
+        trainer, notes = training_setup.choose_algorithms(trainer)
         assert not any("not timed" in note or "against" in note for note in notes)
         inputs = step.put_batch(trainer, images, np.zeros(64, np.int32))
         state = make_state()
