@@ -32,16 +32,14 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import queue
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from methods import METHODS, OWN_MODEL
+from worker import Worker, answer
 
 NETWORKS = (
     "imagenet_resnet50:256",
@@ -132,12 +130,7 @@ def kept_mib(measured: Any, method: str, backend: str) -> float | None:
     return sum(layer.activations + layer.weights for layer in kept) / 2**20
 
 
-def answer(found: dict[str, Any]) -> None:
-    """One line for the parent."""
-    print(json.dumps(found), flush=True)
-
-
-class Member:
+class Member(Worker):
     """A process that measures one method of a network, and works only when it is asked to.
 
     Args:
@@ -150,11 +143,9 @@ class Member:
     def __init__(
         self, network: str, method: str, options: argparse.Namespace, folder: pathlib.Path
     ) -> None:
-        self.network, self.method, self.timeout = network, method, options.timeout
+        self.network, self.method = network, method
         self.facts: dict[str, Any] = {}
         self.times: list[dict[str, Any]] = []
-        self.error = ""
-        self._log = folder / f"{network} {method}.log".replace(":", " ")
         environment = {
             **os.environ,
             # Memory that others of the group need; the peak is of this process either way.
@@ -162,67 +153,23 @@ class Member:
             "JAX_COMPILATION_CACHE_DIR": options.cache or str(folder / "cache"),
         }
         command = [sys.executable, __file__, "--one", "--networks", network, "--methods", method]
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(
-                [*command, "--steps", str(options.steps)],
-                env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                text=True,
-            )  # fmt: skip
-        self._lines: queue.Queue[str] = queue.Queue()
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as lines:
-            for line in lines:
-                self._lines.put(line)
-        self._lines.put("")
+        command += ["--steps", str(options.steps)]
+        log = folder / f"{network} {method}.log".replace(":", " ")
+        super().__init__(f"{network} {method}", command, environment, log, options.timeout)
 
     def compiled(self) -> bool:
         """Waits until it has compiled; False where it failed."""
-        self.facts = self._answer()
+        self.facts = self.answer()
         return not self.error
 
     def time(self) -> None:
         """Lets it time its steps once, and waits."""
         if self.error:
             return
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it shows when there is no answer
-            self._process.stdin.write("time\n")
-            self._process.stdin.flush()
-        found = self._answer()
+        self.ask("time")
+        found = self.answer()
         if found:
             self.times.append(found)
-
-    def _answer(self) -> dict[str, Any]:
-        """The next line that is an answer; else `error` says why there is none."""
-        try:
-            while line := self._lines.get(timeout=self.timeout):
-                if line.startswith("{"):
-                    return json.loads(line)
-            self._process.wait()
-            printed = self._log.read_text(errors="replace").strip().splitlines()
-            errors = [line for line in printed if "Error" in line]
-            self.error = [f"exit code {self._process.returncode}", *errors][-1][:500]
-        except queue.Empty:
-            self.error = f"no answer in {self.timeout} s"
-            self.close()
-        print(f"{self.network} {self.method}: {self.error}", file=sys.stderr)
-        return {}
-
-    def close(self) -> None:
-        """Ends the process, which gives its memory back."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=20 if not self.error else 0)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join(timeout=20)
 
 
 def time_group(members: Sequence[Member], rounds: int) -> None:

@@ -36,7 +36,7 @@ def timed(call: Callable[..., jax.Array] | None, *operands: Any) -> tuple[float,
     return timer(call)(*operands)
 
 
-def timer(call: Callable[..., jax.Array] | None) -> Callable[..., tuple[float, Any]]:
+def timer(call: Callable[..., jax.Array] | None) -> Timer:
     """`timed` for operands that are given later; it compiles once for all of the same shapes.
 
     Example:
@@ -44,28 +44,55 @@ def timer(call: Callable[..., jax.Array] | None) -> Callable[..., tuple[float, A
       >>> [float(double(jnp.ones(8) * one)[1][0]) for one in (1, 2)]
       [2.0, 4.0]
     """
+    return Timer(call)
 
-    @jax.jit
-    def chained(operands: Any) -> Any:
-        def body(_: Any, carry: Any) -> Any:
-            # Every turn waits for the one before, and no result is left unused.
+
+class Timer:
+    """What `timer` makes. It compiles at its first call, or ahead of it, for shapes alone.
+
+    Example:
+      >>> double = timer(lambda x: x + x)
+      >>> double.lower(jax.ShapeDtypeStruct((8,), jnp.float32))
+      >>> double.compile()
+      >>> float(double(jnp.ones(8))[1][0])
+      2.0
+    """
+
+    def __init__(self, call: Callable[..., jax.Array] | None) -> None:
+        def chained(operands: Any) -> Any:
+            def body(_: Any, carry: Any) -> Any:
+                # Every turn waits for the one before, and no result is left unused.
+                operands, token = lax.optimization_barrier(carry)
+                if call is None:
+                    return operands, token + 1
+                result = lax.optimization_barrier(call(*operands))
+                return operands, token + result.ravel()[0].astype(jnp.float32)
+
+            carry = lax.fori_loop(0, COUNT - 1, body, (operands, jnp.float32(0)))
             operands, token = lax.optimization_barrier(carry)
-            if call is None:
-                return operands, token + 1
-            result = lax.optimization_barrier(call(*operands))
-            return operands, token + result.ravel()[0].astype(jnp.float32)
+            return token if call is None else call(*operands), token
 
-        carry = lax.fori_loop(0, COUNT - 1, body, (operands, jnp.float32(0)))
-        operands, token = lax.optimization_barrier(carry)
-        return token if call is None else call(*operands), token
+        self._run: Any = jax.jit(chained)
+        self._lowered: Any = None
 
-    def time_it(*operands: Any) -> tuple[float, Any]:
-        result, _ = jax.block_until_ready(chained(operands))
+    def lower(self, *shapes: Any) -> None:
+        """Traces it, for `compile`.
+
+        Args:
+          shapes: like the operands, of `jax.ShapeDtypeStruct` or arrays.
+        """
+        self._lowered = self._run.lower(shapes)
+
+    def compile(self) -> None:
+        """Compiles what was traced: from here on it takes operands of those shapes only."""
+        self._run, self._lowered = self._lowered.compile(), None
+
+    def __call__(self, *operands: Any) -> tuple[float, Any]:
+        """The median time in milliseconds, and the result."""
+        result, _ = jax.block_until_ready(self._run(operands))
         found = []
         for _ in range(REPEATS):
             start = time.perf_counter()
-            jax.block_until_ready(chained(operands))
+            jax.block_until_ready(self._run(operands))
             found.append(time.perf_counter() - start)
         return statistics.median(found) * 1e3 / COUNT, result
-
-    return time_it
