@@ -1,128 +1,64 @@
-"""The weight gradient of every conv of the six networks: from dense and from packed activations.
+"""Convolutions with a sparse operand, for every conv of the six networks, against cuDNN.
 
     python benchmarks/sparse_conv.py --output sparse_conv.json    # ResNet-50's 1x1 convs, 90 %
-    python benchmarks/sparse_conv.py --all --tiles --sparsity 0.7 0.8 0.9 0.95 0.98 --output ...
+    python benchmarks/sparse_conv.py --tiles --first 4 --output cuts.json
     python benchmarks/sparse_conv.py --op forward --dtype float32 --sparsity 0.7 0.9 0.97
 
-For each distinct shape, at the batch that the step table has: `dense`, XLA's product of dense
-operands; `unpack`, the packed input unpacked and the same product; `sparse`, the kernel that reads
-the packed input, cut as it chooses, and with `--tiles` with other tiles and blocks;
-`nothing`, the same kernel on an input that keeps no value, so what it takes without scattering. The
-`floor` is what the bytes (packed input, gradient, result) take at the rate of a device-to-device
-copy, or the operations at that of a large matrix product, whichever is more, both measured first.
-`error` is what the sparse result differs from the dense one, of the largest value: a rounding to
-bfloat16 (0.004) at most, or there is a fault.
+    # All convs of all networks, for docs/sparse_convolutions_sweep.md:
+    python benchmarks/sparse_conv.py --all --jobs 12 --sparsity 0.7 0.8 0.9 0.95 0.98 --output ...
+    python benchmarks/sparse_conv.py --op forward --dtype float32 --all --jobs 12 --sparsity ...
+    python benchmarks/sparse_conv.py --op input_gradient --dtype float32 --all --jobs 12 ...
 
-With `--op forward` or `input_gradient` it is about sparse weights instead (`sparse_weights.py`),
-with all windows of ResNet-50 and WRN-16-8 where nothing else is asked for.
+By default it is about the weight gradient from packed activations (`sparse_activations.py`), with
+`--op forward` or `input_gradient` about sparse weights (`sparse_weights.py`), with all windows of
+ResNet-50 and WRN-16-8 where nothing else is asked for. Each distinct shape is measured at the batch
+that the step table has, the most important ones first. Those that an op does not take are told with
+the reason (`refused`).
 
-The most important shapes come first. The file is written after each of them, and with `--seconds`
-it ends after the row during which that time is over.
+Compiling takes most of the time. With `--jobs` several processes do so at once, and when all have
+compiled for a conv they time their programs one after the other, alone on the GPU. XLA tries
+algorithms on the GPU while it compiles cuDNN's convs, and one process at a time does that; with
+`--trying` several, which is faster, but may leave cuDNN with an algorithm that is not its best.
+Operands are made when they are timed, and given back before the next process does; every process
+has its share of the GPU's memory from its start.
+
+The file is written after each round (a conv for every process). A run that finds it there goes on
+with the convs that are missing or failed, if device, versions and settings are the same. With
+`--seconds` it ends after the round during which that time is over.
 """
 
+from __future__ import annotations
+
 import argparse
+import contextlib
 import dataclasses
 import datetime
-import functools
-import json
 import math
+import os
 import pathlib
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import conv_file
 import jax
 import jax.numpy as jnp
+import rounds
+import sparse_activations
 import sparse_weights
+from convs import NETWORKS, Problem, problems
+from programs import Turn
+from worker import Worker
 
-from swat_jax import kernels, native, sparse_convolution
-from swat_jax.convolution import Convolution
-from swat_jax.layer_table import network_table
-from swat_jax.sparse_convolution import Cut
-from swat_jax.sparsity import packing, top_k
+from swat_jax import kernels, native
 from swat_jax.timing import COUNT, REPEATS, milliseconds, timer
-from swat_jax.trial import relative_error
 
-# Images of a step, and what they are: those of docs/performance.md.
-NETWORKS: dict[str, tuple[int, int, int]] = {
-    "imagenet_resnet50": (256, 224, 1000),
-    "imagenet_wrn50_2": (256, 224, 1000),
-    "wrn16_8": (512, 32, 10),
-    "resnet18": (512, 32, 10),
-    "densenet121": (512, 32, 10),
-    "vgg16": (512, 32, 10),
-}
-HEADER = (
-    f"{'network':18} {'conv':24} {'s_A':>5} {'dense':>8} {'unpack':>8} {'sparse':>8} "
-    f"{'nothing':>8} {'floor':>8} {'gain':>6} {'saves':>6} {'cut':>12} {'error':>8}"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """The conv of a layer, and how often the network has it."""
-
-    network: str
-    batch: int
-    window: tuple[int, int]
-    channels: tuple[int, int]
-    size: tuple[int, int]  # of the input
-    result: tuple[int, int]
-    stride: int
-    layers: int = 1
-
-    @property
-    def name(self) -> str:
-        height, width = self.window
-        inputs, outputs = self.channels
-        step = f"/{self.stride}" if self.stride > 1 else ""
-        return f"{height}x{width}{step} {inputs}->{outputs} @{self.size[0]}"
-
-    @property
-    def conv(self) -> Convolution:
-        padding = tuple((extent // 2, extent // 2) for extent in self.window)
-        return Convolution((self.stride,) * 2, padding, (1, 1), (1, 1))
-
-    @property
-    def operations(self) -> int:
-        return 2 * self.batch * math.prod(self.window + self.channels + self.result)
-
-    @property
-    def is_mark(self) -> bool:
-        """Whether it has to be 1.3 times as fast as from dense operands."""
-        narrow, wide = sorted(self.channels)
-        where = (narrow, self.size[0]) in ((64, 56), (128, 28))
-        return where and wide == 4 * narrow and self.window == (1, 1)
-
-
-def problems(networks: list[str], every: bool, batch: int | None = None) -> list[Problem]:
-    """The distinct convs of networks that the kernel takes, the most important first.
-
-    Args:
-      networks: names from `NETWORKS`.
-      every: all windows, or 1x1 only.
-      batch: of images; None: that of `NETWORKS`.
-    """
-    counts: dict[Problem, int] = {}
-    for network in networks:
-        images, size, classes = NETWORKS[network]
-        for layer in network_table(network, num_classes=classes, image_shape=(size, size, 3)):
-            if layer.kind != "conv" or layer.kernel_shape[-2] % 8:
-                continue
-            height, width, inputs, outputs = layer.kernel_shape
-            # Padded by half the window: the stride is what makes the size of the result.
-            stride = -(-layer.input_hw[0] // layer.output_hw[0])
-            problem = Problem(
-                network, batch or images, (height, width), (inputs, outputs),
-                (layer.input_hw[0], layer.input_hw[1]), (layer.output_hw[0], layer.output_hw[1]),
-                stride,
-            )  # fmt: skip
-            if every or problem.window == (1, 1):
-                counts[problem] = counts.get(problem, 0) + 1
-    found = [dataclasses.replace(one, layers=layers) for one, layers in counts.items()]
-    return sorted(found, key=lambda one: (not one.is_mark, math.prod(one.window)))
+# Of the GPU's memory, for all processes. The rest is for what is not of JAX's pool: contexts, and
+# what XLA tries algorithms with.
+MEMORY = 0.8
 
 
 def copy_rate(values: int) -> float:
@@ -142,103 +78,99 @@ def product_rate(size: int) -> float:
     return 2 * size**3 / milliseconds(jnp.matmul, a, a)
 
 
-def measure(
-    problem: Problem,
-    sparsities: Sequence[float],
-    every_tile: bool,
-    rates: tuple[float, float],
-    idle: float,
-) -> Iterator[dict[str, Any]]:
-    """Lines of the table, one for each sparsity; all run the same compiled programs.
+def facts(options: argparse.Namespace) -> dict[str, Any]:
+    """On what is measured, and how."""
+    large = jax.default_backend() == "gpu"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": jax.devices()[0].device_kind,
+        "backend": kernels.backend(),
+        "library": dict(native.load().build_info),
+        "versions": {"jax": jax.__version__},
+        "op": options.op,
+        "dtype": options.dtype,
+        "settings": {
+            "sparsity": options.sparsity,
+            "tiles": options.tiles,
+            "granularity": options.granularity,
+            "trying": options.trying,
+        },
+        "copy_gb_per_s": copy_rate(2**27 if large else 2**16) / 1e6,
+        "product_tflop_per_s": product_rate(8192 if large else 64) / 1e9,
+    }
+
+
+def preparing(options: argparse.Namespace, lock: str | None = None) -> rounds.Prepare:
+    """What compiles for a conv, or, where a task names none, for `facts`.
 
     Args:
-      problem: the conv.
-      sparsities: of the packed input, for which there is room at the least of them.
-      every_tile: whether all tiles are timed.
-      rates: bytes and operations per millisecond.
-      idle: milliseconds of a turn of a loop without work.
+      options: the command line.
+      lock: file that processes lock by turns, if there are several.
     """
-    conv, window = problem.conv, problem.window
-    shape = (problem.batch, *problem.size, problem.channels[0])
-    size = math.prod(shape)
-    kernel = jax.ShapeDtypeStruct((*window, *problem.channels), jnp.bfloat16)
-    room = packing.capacity(top_k.keep_count(min(sparsities), size), size)
+    turn, of_idle = Turn(lock), timer(None)
+    of_idle.lower()
+    of_idle.compile()
 
-    @jax.jit
-    def make(keep: jax.Array) -> Any:
-        keys = jax.random.split(jax.random.key(0), 2)
-        x = jax.nn.relu(jax.random.normal(keys[0], shape, jnp.bfloat16))
-        dy = jax.random.normal(keys[1], (problem.batch, *problem.result, problem.channels[1]))
-        limit = kernels.threshold(x, keep).astype(jnp.float32)
-        packed = kernels.pack(x, limit, room)
-        return kernels.sparsify(x, limit), packed, limit, dy.astype(jnp.bfloat16)
+    def idle() -> float:
+        return of_idle()[0]
 
-    def dense(x: Any, dy: Any) -> Any:
-        return jax.linear_transpose(lambda value: conv(x, value), kernel)(dy)[0]
+    def prepare(task: Mapping[str, Any]) -> Callable[[], Any]:
+        if not task:
+            return lambda: facts(options)
+        problem, rates = Problem.of(task), task["rates"]
+        if options.op == sparse_activations.OP:
+            rows = sparse_activations.measure(
+                problem, options.sparsity, options.tiles, rates, idle, turn
+            )
+        else:
+            rows = sparse_weights.measure(
+                problem, options.op, jnp.dtype(options.dtype), options.sparsity, options.tiles,
+                rates[0], idle, options.granularity, turn,
+            )  # fmt: skip
+        return lambda: list(rows)
 
-    def unpacked(packed: Any, limit: Any, dy: Any) -> Any:
-        return dense(kernels.unpack(packed, limit), dy)
-
-    def sparse(cut: Cut, packed: Any, limit: Any, dy: Any) -> Any:
-        return kernels.sparse_conv_weight_gradient(packed, limit, dy, conv, window, cut)
-
-    result = (problem.batch, *problem.result, problem.channels[1])
-    chosen, *others = sparse_convolution.cuts(conv, shape, result, window)
-
-    of_dense, of_unpacked = timer(dense), timer(unpacked)
-    of_cuts = {
-        cut.name: timer(functools.partial(sparse, cut))
-        for cut in ((chosen, *others) if every_tile else (chosen,))
-    }
-    none = packing.pack(jnp.zeros(shape, jnp.bfloat16), 1.0, 8)
-    for sparsity in sparsities:
-        keep = top_k.keep_count(sparsity, size)
-        x, packed, limit, dy = make(jnp.int32(keep))
-        dense_ms, expected = of_dense(x, dy)
-        times = {
-            "dense": dense_ms - idle,
-            "nothing": of_cuts[chosen.name](none, limit, dy)[0] - idle,
-            "unpack": of_unpacked(packed, limit, dy)[0] - idle,
-        }
-        timed = {name: of_cut(packed, limit, dy) for name, of_cut in of_cuts.items()}
-        cuts = {name: ms - idle for name, (ms, _) in timed.items()}
-        error = relative_error(timed[chosen.name][1], expected.astype(jnp.float32))
-        compact = 2 * keep + size / 8 + 4 * size / packing.TILE
-        moved = compact + 2 * dy.size + 4 * math.prod(kernel.shape)
-        floors = (moved / rates[0], problem.operations / rates[1])
-        yield {
-            **dataclasses.asdict(problem),
-            "name": problem.name,
-            "sparsity": sparsity,
-            **{f"{name}_ms": ms for name, ms in times.items()},
-            "sparse_ms": cuts[chosen.name],
-            "cut": chosen.name,
-            "cuts_ms": cuts,
-            "bytes": moved,
-            "operations": problem.operations,
-            "floor_ms": max(floors),
-            "floor_is": "bytes" if floors[0] > floors[1] else "operations",
-            "error": float(error),
-        }
-        del x, packed, limit, dy, expected, timed  # before the next ones are made
+    return prepare
 
 
-def lines(row: dict[str, Any]) -> Iterator[str]:
-    """A line of the table, and one of all cuts where there are several."""
-    yield (
-        f"{row['network']:18} {row['name']:24} {row['sparsity']:5} {row['dense_ms']:8.4f} "
-        f"{row['unpack_ms']:8.4f} {row['sparse_ms']:8.4f} {row['nothing_ms']:8.4f} "
-        f"{row['floor_ms']:8.4f} {row['dense_ms'] / row['sparse_ms']:6.2f} "
-        f"{row['unpack_ms'] / row['sparse_ms']:6.2f} {row['cut']:>12} {row['error']:8.1e}"
-    )
-    if len(row["cuts_ms"]) > 1:
-        best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
-        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)
+def processes(options: argparse.Namespace, folder: pathlib.Path) -> rounds.Processes:
+    """Processes that measure what this one tells them.
+
+    Args:
+      options: the command line.
+      folder: for what they print, and what they lock.
+    """
+    command = [
+        *(sys.executable, __file__, "--op", options.op, "--dtype", options.dtype),
+        *("--granularity", options.granularity, "--trying", str(options.trying)),
+        *("--sparsity", *map(str, options.sparsity), *(("--tiles",) if options.tiles else ())),
+    ]
+    environment = {"XLA_CLIENT_MEM_FRACTION": f"{MEMORY / options.jobs:.3f}", **os.environ}
+
+    def start(number: int) -> Worker:
+        lock = folder / f"lock{number % options.trying}"
+        return Worker(
+            f"process {number}", [*command, "--worker", str(lock)], environment,
+            folder / f"{number}.log", options.timeout,
+        )  # fmt: skip
+
+    return rounds.Processes(start, options.jobs)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def refusal(problem: Problem, options: argparse.Namespace) -> str:
+    """Why the op does not take a conv; empty if it does."""
+    if options.op == sparse_activations.OP:
+        return sparse_activations.refusal(problem)
+    return sparse_weights.refusal(problem, options.op, jnp.dtype(options.dtype))
+
+
+def row_of(problem: Problem, **more: Any) -> dict[str, Any]:
+    """A conv for which there are no figures."""
+    return {**dataclasses.asdict(problem), "name": problem.name, **more}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convolutions with a sparse operand.")
-    ops = ("weight_gradient", *sparse_weights.OPS)
+    ops = (sparse_activations.OP, *sparse_weights.OPS)
     parser.add_argument("--op", default=ops[0], choices=ops, help="default: %(default)s")
     dtypes = ("bfloat16", "float16", "float32")
     parser.add_argument("--dtype", default=dtypes[0], choices=dtypes, help="default: %(default)s")
@@ -252,60 +184,100 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9])
     parser.add_argument("--batch", type=int, help="images; default: those of the step table")
     parser.add_argument("--first", type=int, help="only so many shapes")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that compile at once")
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="end after the row that passes it"
+        "--trying", type=int, default=1, help="of these, how many try algorithms on the GPU at once"
     )
-    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds without an answer")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="end after the round that passes it"
+    )
+    parser.add_argument("--output", help="JSON file to write, or to go on with")
+    parser.add_argument("--worker", metavar="LOCK", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.op == "weight_gradient" and options.dtype != "bfloat16":
-        parser.error("weight_gradient is measured in bfloat16")
+    if options.op == sparse_activations.OP and options.dtype != "bfloat16":
+        parser.error(f"{options.op} is measured in bfloat16")
+    if min(options.jobs, options.trying) < 1:
+        parser.error("--jobs and --trying are 1 or more")
+    return options
+
+
+def run(options: argparse.Namespace, team: rounds.Team) -> None:
+    """Measures what the file does not have yet, and writes it.
+
+    Args:
+      options: the command line.
+      team: who measures.
+    """
     start = time.perf_counter()
-    large = jax.default_backend() == "gpu"
-    rates = (copy_rate(2**27 if large else 2**16), product_rate(8192 if large else 64))
-    idle = milliseconds(None)
-    found: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": jax.devices()[0].device_kind,
-        "backend": kernels.backend(),
-        "library": dict(native.load().build_info),
-        "versions": {"jax": jax.__version__},
-        "op": options.op,
-        "dtype": options.dtype,
-        "copy_gb_per_s": rates[0] / 1e6,
-        "product_tflop_per_s": rates[1] / 1e9,
-        "idle_ms": idle,
-        "convs": [],
-    }
+    (told,) = team.round([{}])
+    if "error" in told:
+        sys.exit(told["error"])
+    found = conv_file.begin(options.output, told["found"])
+    rates = (found["copy_gb_per_s"] * 1e6, found["product_tflop_per_s"] * 1e9)
     print(
         f"{found['device']}, {found['backend']}: copy {rates[0] / 1e6:.0f} GB/s, product "
-        f"{rates[1] / 1e9:.0f} TFLOP/s, idle {idle:.4f} ms"
+        f"{rates[1] / 1e9:.0f} TFLOP/s"
     )
     is_weights = options.op in sparse_weights.OPS
-    print(sparse_weights.HEADER if is_weights else HEADER)
     networks = ["imagenet_resnet50", "wrn16_8"] if is_weights else ["imagenet_resnet50"]
     networks = options.networks or (list(NETWORKS) if options.all else networks)
-    chosen = problems(networks, options.all or is_weights, options.batch)
-    dtype = jnp.dtype(options.dtype)
+    every = problems(networks, options.all or is_weights, options.batch)
     if is_weights:
-        chosen = [one for one in chosen if sparse_weights.takes(one, options.op, dtype)]
-        chosen.sort(key=lambda one: not sparse_weights.is_mark(one))
-    for problem in chosen[: options.first]:
-        if is_weights:
-            rows = sparse_weights.measure(
-                problem, options.op, dtype, options.sparsity, options.tiles, rates[0], idle,
-                options.granularity,
-            )  # fmt: skip
-        else:
-            rows = measure(problem, options.sparsity, options.tiles, rates, idle)
-        for row in rows:
-            found["convs"].append(row)
-            print(*(sparse_weights.lines if is_weights else lines)(row), sep="\n", flush=True)
-            if options.output:
-                pathlib.Path(options.output).write_text(json.dumps(found, indent=2) + "\n")
-            if time.perf_counter() - start > options.seconds:
-                print(f"{options.seconds} s are over", file=sys.stderr)
-                return
+        every.sort(key=lambda one: not sparse_weights.is_mark(one))
+    refused = {problem: reason for problem in every if (reason := refusal(problem, options))}
+    known = {Problem.of(row) for row in found["refused"]}
+    for problem in refused.keys() - known:
+        found["refused"].append(row_of(problem, reason=refused[problem]))
+    found["refused"] = conv_file.of_problems(found["refused"], every)
+    done = {Problem.of(row) for row in found["convs"]}
+    chosen = [problem for problem in every if problem not in refused][: options.first]
+    left = [problem for problem in chosen if problem not in done]
+    found["failed"] = [row for row in found["failed"] if Problem.of(row) not in left]
+    print(f"{len(left)} convs, {len(chosen) - len(left)} are in the file, {len(refused)} refused")
+    print((sparse_weights if is_weights else sparse_activations).HEADER)
+
+    def write() -> None:
+        if options.output:
+            conv_file.write(options.output, found)
+
+    write()
+    for first in range(0, len(left), team.jobs):
+        group = left[first : first + team.jobs]
+        answers = team.round([{**dataclasses.asdict(one), "rates": rates} for one in group])
+        took = []
+        for problem, told in zip(group, answers, strict=True):
+            if "error" in told:
+                found["failed"].append(row_of(problem, **told))
+                print(f"{problem.network} {problem.name}: {told['error']}", file=sys.stderr)
+                continue
+            rows = told.pop("found")
+            found["convs"] += rows
+            took.append({"network": problem.network, "name": problem.name, **told})
+            for row in rows:
+                told_lines = (sparse_weights if is_weights else sparse_activations).lines(row)
+                print(*told_lines, sep="\n", flush=True)
+        found["rounds"].append(took)
+        found["convs"] = conv_file.of_problems(found["convs"], every)
+        write()
+        if time.perf_counter() - start > options.seconds:
+            print(f"{options.seconds} s are over", file=sys.stderr)
+            return
     print(f"{time.perf_counter() - start:.0f} s")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.worker:
+        rounds.serve(preparing(options, options.worker))
+    elif options.jobs == 1:
+        run(options, rounds.Here(preparing(options)))
+    else:
+        # This process leaves the GPU alone.
+        with tempfile.TemporaryDirectory() as folder:
+            team = processes(options, pathlib.Path(folder))
+            with contextlib.closing(team):
+                run(options, team)
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from sparse_conv import NETWORKS, Problem, copy_rate, milliseconds, problems, product_rate
+from convs import NETWORKS, Problem, problems
+from sparse_conv import copy_rate, product_rate
 
 from swat_jax import kernels, native, vector_convolution
 from swat_jax.kernels.vector import shared_room, vector_lists, vector_options
-from swat_jax.timing import timer
+from swat_jax.timing import milliseconds, timer
 from swat_jax.trial import relative_error
 from swat_jax.vector_convolution import VECTORS, Cut
 
@@ -52,17 +53,9 @@ def is_mark(problem: Problem) -> bool:
     return problem.network == "wrn16_8" and is_plain
 
 
-def shapes(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Those of input and kernel."""
-    return (
-        (problem.batch, *problem.size, problem.channels[0]),
-        (*problem.window, *problem.channels),
-    )
-
-
 def takes(problem: Problem, vector: int) -> bool:
     """Whether there is a kernel for it on this device."""
-    x, kernel = shapes(problem)
+    x, kernel, _ = problem.shapes
     room = shared_room()
     return not vector_convolution.refusal(problem.conv, x, jnp.bfloat16, kernel, vector, room)
 
@@ -74,7 +67,7 @@ def name_of(cut: Cut) -> str:
 
 def cuts(problem: Problem, every: bool) -> list[Cut]:
     """What is timed, the choice first."""
-    x, kernel = shapes(problem)
+    x, kernel, _ = problem.shapes
     room = shared_room()
     found = [vector_convolution.cut(problem.conv, x, kernel, room)]
     for cut in vector_convolution.cuts(problem.conv, x, kernel, room) if every else ():
@@ -100,7 +93,7 @@ def measure(
       rates: bytes and operations per millisecond.
       idle: milliseconds of a turn of a loop without work.
     """
-    conv, (shape, kernel_shape) = problem.conv, shapes(problem)
+    conv, (shape, kernel_shape, _) = problem.conv, problem.shapes
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.jit(lambda: jax.nn.relu(jax.random.normal(keys[0], shape, jnp.bfloat16)))()
     full = jax.random.normal(keys[1], kernel_shape).astype(jnp.bfloat16)
@@ -152,7 +145,7 @@ def lists_timer(problem: Problem, vector: int, cut: Cut) -> Callable[[jax.Array]
     """Milliseconds of the first of the two kernels alone; nothing where there are none."""
     if kernels.backend() != "cuda":
         return lambda _: 0.0
-    options = vector_options(problem.conv, *shapes(problem), vector, cut)
+    options = vector_options(problem.conv, *problem.shapes[:2], vector, cut)
     of_lists = timer(lambda one: vector_lists(one, vector, cut, options)[0])
     return lambda kernel: of_lists(kernel)[0]
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from convs import Problem
 from jax import lax
+from programs import Program, Turn
 
 from swat_jax import kernels, sparse_conv_direct
 from swat_jax.sparse_conv_direct import Cut
@@ -39,19 +41,19 @@ HEADER = (
 )
 
 
-def is_mark(problem: Any) -> bool:
+def is_mark(problem: Problem) -> bool:
     """Whether it has to be twice as fast as the dense product in float32, at 90 % and forward."""
     return problem.window == (3, 3) and problem.stride == 1 and min(problem.channels) >= 128
 
 
-def takes(problem: Any, op: str, dtype: Any) -> bool:
-    """Whether there is a kernel for it."""
+def refusal(problem: Problem, op: str, dtype: Any) -> str:
+    """Why there is no kernel for it; empty if there is one."""
     refused = {
         "forward": sparse_conv_direct.refusal,
         "input_gradient": sparse_conv_direct.gradient_refusal,
     }[op]
-    shape, kernel = _shapes(problem)
-    return not refused(problem.conv, shape, dtype, kernel)
+    shape, kernel, _ = problem.shapes
+    return refused(problem.conv, shape, dtype, kernel)
 
 
 def name_of(cut: Cut) -> str:
@@ -60,33 +62,33 @@ def name_of(cut: Cut) -> str:
 
 
 def measure(
-    problem: Any,
+    problem: Problem,
     op: str,
     dtype: Any,
     sparsities: Sequence[float],
     every_tile: bool,
     copy_rate: float,
-    idle: float,
+    idle: Callable[[], float],
     granularity: str = "unstructured",
+    turn: Turn | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Lines of the table, one for each sparsity; all run the same compiled programs.
+    """Compiles all programs of a conv. What it returns times them: a row for each sparsity.
 
     Args:
-      problem: the conv, `sparse_conv.Problem`.
+      problem: the conv.
       op: one of `OPS`.
       dtype: of all operands.
       sparsities: of the kernel, by magnitude.
       every_tile: whether several cuts of every tile are timed.
       copy_rate: bytes per millisecond.
-      idle: milliseconds of a turn of a loop without work.
+      idle: measures the milliseconds of a turn of a loop without work.
       granularity: of the mask, `unstructured` or `channel`.
+      turn: of compiling, where other processes do so too.
     """
-    conv, (shape, weights) = problem.conv, _shapes(problem)
-    result = (problem.batch, *problem.result, problem.channels[1])
+    conv, (shape, weights, result) = problem.conv, problem.shapes
     is_forward = op == "forward"
 
-    @jax.jit
-    def make(keep: jax.Array) -> Any:
+    def operands(keep: jax.Array) -> Any:
         keys = jax.random.split(jax.random.key(0), 2)
         kernel = jax.random.normal(keys[0], weights, dtype) / math.sqrt(math.prod(weights[:-1]))
         limit = weight_threshold(kernel, granularity, keep)
@@ -114,7 +116,7 @@ def measure(
             return kernels.sparse_conv_forward(values, kernel, conv, cut)
         return kernels.sparse_conv_input_gradient(values, kernel, conv, problem.size, cut)
 
-    def made(kernel: Any) -> Any:
+    def compacted(kernel: Any) -> Any:
         own = kernel if is_forward else compact.transposed(kernel)
         if chosen.windows:
             own = sparse_conv_direct.by_windows(own)
@@ -131,38 +133,61 @@ def measure(
     for tile in {cut.tile for cut in found} if every_tile else ():
         own = [cut for cut in found if cut.tile == tile]
         cuts |= {name_of(cut): cut for cut in own[:CUTS_OF_TILE]}
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    values, kernel = jax.eval_shape(operands, count)
+    expected = jax.eval_shape(dense, values, kernel)
+    make = Program(operands, count)
+    compare = Program(
+        lambda a, b: relative_error(a, b.astype(jnp.float32)),
+        jax.eval_shape(functools.partial(sparse, chosen), values, kernel), expected,
+    )  # fmt: skip
     of_cuts = {name: timer(functools.partial(sparse, cut)) for name, cut in cuts.items()}
-    of_dense, of_compact = timer(dense), timer(made)
+    of_dense, of_compact = timer(dense), timer(compacted)
     # Without TensorFloat-32 the other types have one product only.
-    of_tf32 = timer(functools.partial(product, None)) if jnp.dtype(dtype) == jnp.float32 else None
+    has_tf32 = jnp.dtype(dtype) == jnp.float32
+    of_tf32 = [timer(functools.partial(product, None))] if has_tf32 else []
+    for of_product in (of_dense, *of_tf32, *of_cuts.values()):
+        of_product.lower(values, kernel)
+    of_compact.lower(kernel)
+    (turn or Turn()).compile((of_dense, *of_tf32), (make, compare, of_compact, *of_cuts.values()))
     loads = 2 if chosen.windows else 4
-    for sparsity in sparsities:
-        keep = top_k.keep_count(sparsity, units(weights, granularity))
-        values, kernel = make(jnp.int32(keep))
-        dense_ms, expected = of_dense(values, kernel)
-        timed = {name: of_cut(values, kernel) for name, of_cut in of_cuts.items()}
-        times = {name: ms - idle for name, (ms, _) in timed.items()}
-        error = relative_error(timed[name_of(chosen)][1], expected.astype(jnp.float32))
-        products = problem.operations / 2 * keep / units(weights, granularity)
-        moved = values.dtype.itemsize * (math.prod(shape) + math.prod(result) + math.prod(weights))
-        yield {
-            **dataclasses.asdict(problem),
-            "name": problem.name,
-            "op": op,
-            "granularity": granularity,
-            "sparsity": sparsity,
-            "dense_ms": dense_ms - idle,
-            "tf32_ms": of_tf32(values, kernel)[0] - idle if of_tf32 else None,
-            "compact_ms": of_compact(kernel)[0] - idle,
-            "sparse_ms": times[name_of(chosen)],
-            "cut": name_of(chosen),
-            "cuts_ms": times,
-            "bytes": moved,
-            "products": products,
-            "error": float(error),
-            "floor_ms": max(moved / copy_rate, loads * products / SHARED_RATE),
-        }
-        del values, kernel, expected, timed  # before the next ones are made
+
+    def rows() -> Iterator[dict[str, Any]]:
+        idle_ms = idle()
+        for sparsity in sparsities:
+            keep = top_k.keep_count(sparsity, units(weights, granularity))
+            values, kernel = make(jnp.int32(keep))
+            dense_ms, expected = of_dense(values, kernel)
+            times, error = {}, jnp.nan
+            for name, of_cut in of_cuts.items():
+                ms, found = of_cut(values, kernel)
+                times[name] = ms - idle_ms
+                if name == name_of(chosen):
+                    error = compare(found, expected)
+                del found  # large, and there may be many cuts
+            products = problem.operations / 2 * keep / units(weights, granularity)
+            moved = values.dtype.itemsize * sum(map(math.prod, problem.shapes))
+            yield {
+                **dataclasses.asdict(problem),
+                "name": problem.name,
+                "op": op,
+                "granularity": granularity,
+                "sparsity": sparsity,
+                "dense_ms": dense_ms - idle_ms,
+                "tf32_ms": of_tf32[0](values, kernel)[0] - idle_ms if has_tf32 else None,
+                "compact_ms": of_compact(kernel)[0] - idle_ms,
+                "sparse_ms": times[name_of(chosen)],
+                "idle_ms": idle_ms,
+                "cut": name_of(chosen),
+                "cuts_ms": times,
+                "bytes": moved,
+                "products": products,
+                "error": float(error),
+                "floor_ms": max(moved / copy_rate, loads * products / SHARED_RATE),
+            }
+            del values, kernel, expected  # before the next ones are made
+
+    return rows()
 
 
 def lines(row: dict[str, Any]) -> Iterator[str]:
@@ -176,9 +201,3 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
     if len(row["cuts_ms"]) > 1:
         best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
         yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)
-
-
-def _shapes(problem: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of input and kernel."""
-    shape = (problem.batch, *problem.size, problem.channels[0])
-    return shape, (*problem.window, *problem.channels)

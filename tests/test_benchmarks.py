@@ -383,8 +383,8 @@ def test_tables_in_pages_are_those_of_the_results(name):
 
 
 def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
-    sparse_conv = load("sparse_conv")
-    found = sparse_conv.problems(["imagenet_resnet50"], every=False)
+    convs, activations = load("convs"), load("sparse_activations")
+    found = convs.problems(["imagenet_resnet50"], every=False)
     marks = [one.name for one in found if one.is_mark]
     expected = {"1x1 64->256 @56", "1x1 256->64 @56", "1x1 128->512 @28", "1x1 512->128 @28"}
     assert set(marks) == expected
@@ -393,13 +393,16 @@ def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
     assert sum(one.layers for one in found) == 2 * 16 + 4
     (problem,) = [one for one in found if one.name == "1x1/2 256->512 @56"]
     assert problem.operations == 2 * 256 * 256 * 512 * 28**2
-    everything = sparse_conv.problems(list(sparse_conv.NETWORKS), every=True)
-    assert {one.window for one in everything} == {(1, 1), (3, 3)}
+    everything = convs.problems(list(convs.NETWORKS), every=True)
+    stems = {one for one in everything if activations.refusal(one)}
+    assert {one.window for one in everything} - {(7, 7)} == {(1, 1), (3, 3)}
+    assert {one.network for one in stems} == set(convs.NETWORKS)
+    assert {one.channels[0] for one in stems} == {3}
 
     monkeypatch.setattr(timing, "COUNT", 1)
     monkeypatch.setattr(timing, "REPEATS", 1)
-    small = sparse_conv.Problem("wrn16_8", 2, (3, 3), (64, 72), (8, 8), (4, 4), 2)
-    row, sparser = sparse_conv.measure(small, [0.75, 0.9], True, (1e6, 1e6), 0.0)
+    small = convs.Problem("wrn16_8", 2, (3, 3), (64, 72), (8, 8), (4, 4), 2)
+    row, sparser = activations.measure(small, [0.75, 0.9], True, (1e6, 1e6), lambda: 0.0)
     assert (row["sparsity"], sparser["sparsity"]) == (0.75, 0.9)
     assert sparser["error"] < 2**-7
     assert row["bytes"] - sparser["bytes"] == 2 * (2048 - 820)
@@ -407,25 +410,25 @@ def test_the_convs_of_sparse_conv_and_one_line_of_its_table(load, monkeypatch):
     assert row["bytes"] == 2 * 2048 + 8192 / 8 + 4 * 4 + 2 * 2304 + 4 * 9 * 64 * 72
     assert row["error"] < 2**-7
     assert set(row["cuts_ms"]) == {"128x128/1", "64x64/1"}
-    first, second = sparse_conv.lines(row)
+    first, second = activations.lines(row)
     assert "3x3/2 64->72 @8" in first
     assert "128x128" in second
 
 
 def test_the_convs_with_sparse_weights_and_lines_of_their_table(load, monkeypatch):
-    sparse_conv, weights = load("sparse_conv"), load("sparse_weights")
+    convs, weights = load("convs"), load("sparse_weights")
     networks = ["imagenet_resnet50", "wrn16_8"]
-    marks = [one for one in sparse_conv.problems(networks, every=True) if weights.is_mark(one)]
+    marks = [one for one in convs.problems(networks, every=True) if weights.is_mark(one)]
     expected = {"3x3 128->128 @28", "3x3 256->256 @14", "3x3 512->512 @7"}
     expected |= {"3x3 128->128 @32", "3x3 256->256 @16", "3x3 512->512 @8"}
     assert {one.name for one in marks} == expected
-    assert all(weights.takes(one, op, jnp.float32) for one in marks for op in weights.OPS)
+    assert not any(weights.refusal(one, op, jnp.float32) for one in marks for op in weights.OPS)
 
     monkeypatch.setattr(timing, "COUNT", 1)
     monkeypatch.setattr(timing, "REPEATS", 1)
-    small = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (8, 8), 1)
+    small = convs.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (8, 8), 1)
     for op, dtype in (("forward", jnp.float32), ("input_gradient", jnp.bfloat16)):
-        row, sparser = weights.measure(small, op, dtype, [0.75, 0.9], True, 1e6, 0.0)
+        row, sparser = weights.measure(small, op, dtype, [0.75, 0.9], True, 1e6, lambda: 0.0)
         assert sparser["products"] < row["products"]
         assert max(row["error"], sparser["error"]) < (1e-5 if dtype == jnp.float32 else 2**-7)
         size = jnp.dtype(dtype).itemsize
@@ -435,17 +438,16 @@ def test_the_convs_with_sparse_weights_and_lines_of_their_table(load, monkeypatc
         first, second = weights.lines(row)
         assert "3x3 16->8 @8" in first
         assert len(second.split()) // 2 == len(row["cuts_ms"]) > 8
-    call = (small, "forward", jnp.float32, [0.75], False, 1e6, 0.0, "channel")
+    call = (small, "forward", jnp.float32, [0.75], False, 1e6, lambda: 0.0, "channel")
     (row,) = weights.measure(*call)
     assert [name.endswith("w") for name in row["cuts_ms"]] == [True, False]
     assert row["products"] == 9 * 16 * 8 * 128 / 4
-    strided = sparse_conv.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (4, 4), 2)
-    assert weights.takes(strided, "forward", jnp.float32)
-    assert not weights.takes(strided, "input_gradient", jnp.float32)
+    strided = convs.Problem("wrn16_8", 2, (3, 3), (16, 8), (8, 8), (4, 4), 2)
+    assert not weights.refusal(strided, "forward", jnp.float32)
+    assert "strides" in weights.refusal(strided, "input_gradient", jnp.float32)
 
 
 def test_the_convs_of_sparse_conv_vector_and_one_line_of_its_table(load, monkeypatch):
-    load("sparse_conv")
     vectors = load("sparse_conv_vector")
     found = vectors.problems(["wrn16_8"], every=True)
     marks = {one.name for one in found if vectors.is_mark(one)}
