@@ -21,7 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from convs import Problem
-from programs import Program, Turn
+from programs import Program
+from turn import Turn
 
 from swat_jax import kernels, sparse_convolution
 from swat_jax.sparse_convolution import Cut

@@ -50,7 +50,7 @@ import rounds
 import sparse_activations
 import sparse_weights
 from convs import NETWORKS, Problem, problems
-from programs import Turn
+from turn import Turn
 from worker import Worker
 
 from swat_jax import kernels, native

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from convs import Problem
 from jax import lax
-from programs import Program, Turn
+from programs import Program
+from turn import Turn
 
 from swat_jax import kernels, sparse_conv_direct
 from swat_jax.sparse_conv_direct import Cut
