@@ -233,6 +233,7 @@ def run(options: argparse.Namespace, team: rounds.Team) -> None:
     done = {Problem.of(row) for row in found["convs"]}
     chosen = [problem for problem in every if problem not in refused][: options.first]
     left = [problem for problem in chosen if problem not in done]
+    found["left"] = len(left)
     found["failed"] = [row for row in found["failed"] if Problem.of(row) not in left]
     print(f"{len(left)} convs, {len(chosen) - len(left)} are in the file, {len(refused)} refused")
     print((sparse_weights if is_weights else sparse_activations).HEADER)
@@ -259,6 +260,7 @@ def run(options: argparse.Namespace, team: rounds.Team) -> None:
                 print(*told_lines, sep="\n", flush=True)
         found["rounds"].append(took)
         found["convs"] = conv_file.of_problems(found["convs"], every)
+        found["left"] -= len(group)
         write()
         if time.perf_counter() - start > options.seconds:
             print(f"{options.seconds} s are over", file=sys.stderr)

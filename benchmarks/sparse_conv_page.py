@@ -2,6 +2,9 @@
 
 python benchmarks/sparse_conv_page.py            # writes them into the page
 python benchmarks/sparse_conv_page.py --check    # only says whether the page is up to date
+
+Where there are sweeps over all convs, docs/sparse_convolutions_sweep.md is written with all of
+their tables, and their summary into the page. Where there are none, neither is there.
 """
 
 import argparse
@@ -12,8 +15,10 @@ from typing import Any
 
 import marked
 import results
+import sparse_conv_sweep
 
 PAGE = results.ROOT / "docs/sparse_convolutions.md"
+SWEEP = PAGE.with_name(sparse_conv_sweep.PAGE)
 BEGIN = "<!-- benchmarks/sparse_conv_page.py writes {} -->\n"
 SPARSITIES = (70, 80, 90)
 SINGLE_WEIGHTS = ("forward", "input_gradient", "forward_resnet50")
@@ -162,7 +167,26 @@ def vectors() -> list[str]:
     return lines
 
 
-TABLES = (weight_gradient, tuned, single_weights, vector_times, vectors)
+def sweep() -> list[str]:
+    """In how many of all convs the kernels are faster."""
+    return sparse_conv_sweep.summary()
+
+
+def update_sweep(*, check: bool, stale: str) -> int:
+    """Writes the page of all convs, or takes it away; see `marked.update`."""
+    new = sparse_conv_sweep.page()
+    old = SWEEP.read_text(encoding="utf-8") if SWEEP.exists() else ""
+    if check and new != old:
+        print(stale)
+        return 1
+    if not new:
+        SWEEP.unlink(missing_ok=True)
+    elif new != old:
+        SWEEP.write_text(new, encoding="utf-8")
+    return 0
+
+
+TABLES = (sweep, weight_gradient, tuned, single_weights, vector_times, vectors)
 
 
 def main() -> int:
@@ -170,8 +194,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
     tables = {BEGIN.format(table.__name__): table() for table in TABLES}
-    stale = f"{PAGE.name} differs from docs/results: run python benchmarks/sparse_conv_page.py"
-    return marked.update(PAGE, tables, check=options.check, stale=stale)
+    stale = "{} differs from docs/results: run python benchmarks/sparse_conv_page.py"
+    codes = (
+        marked.update(PAGE, tables, check=options.check, stale=stale.format(PAGE.name)),
+        update_sweep(check=options.check, stale=stale.format(SWEEP.name)),
+    )
+    return max(codes)
 
 
 if __name__ == "__main__":

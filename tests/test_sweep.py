@@ -4,7 +4,9 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 import sys
+import types
 
 import pytest
 
@@ -198,3 +200,123 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(small, tmp_path, capsys):
     output.write_text(before.replace('"jax": "', '"jax": "0.'))
     with pytest.raises(SystemExit, match="versions is"):
         small(output, *op)
+
+
+def synthetic(op, ratios):
+    """A file of a sweep: for each conv its network, and dense by sparse at each sparsity."""
+    convs = []
+    for number, (network, *found) in enumerate(ratios):
+        for sparsity, ratio in zip((0.7, 0.8, 0.9, 0.95, 0.98), found, strict=True):
+            convs.append(
+                {
+                    "network": network, "name": f"1x1 8->{8 * number} @4", "layers": number + 1,
+                    "sparsity": sparsity, "sparse_ms": 2.0, "dense_ms": 2 * ratio,
+                    "unpack_ms": 4 * ratio, "tf32_ms": ratio, "floor_ms": 0.5,
+                }
+            )  # fmt: skip
+    refused = [
+        {"network": "vgg16", "name": "3x3 3->64 @32", "reason": "3 channels"},
+        {"network": "vgg16", "name": "3x3/2 8->64 @32", "reason": "strides"},
+        {"network": "vgg16", "name": "1x1/2 8->64 @32", "reason": "strides"},
+    ]
+    failed = [{"network": "resnet18", "name": "1x1 9->9 @9", "error": "out of memory"}]
+    return {
+        "date": "2026-12-01", "device": "NVIDIA H200", "versions": {"jax": "1"}, "op": op,
+        "dtype": "some type", "copy_gb_per_s": 3600.0, "convs": convs, "refused": refused,
+        "failed": failed, "left": 0,
+    }  # fmt: skip
+
+
+RATIOS = (
+    ("vgg16", 0.25, 0.5, 1.25, 1.5, 2.5),
+    ("vgg16", 0.25, 0.5, 0.75, 1.0, 1.004),
+    ("resnet18", 1.125, 1.25, 1.5, 2.0, 2.5),
+    ("imagenet_resnet50", 0.125, 0.25, 0.375, 0.5, 0.625),
+)
+
+
+@pytest.fixture
+def pages(load, monkeypatch, tmp_path):
+    """Runs `sparse_conv_page.py` on copies of the page and of what it is made of."""
+    script, results = load("sparse_conv_page"), load("results")
+    copy = tmp_path / script.PAGE.name
+    copy.write_text(script.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    shutil.copytree(results.RESULTS, tmp_path / "results")
+    for file in (tmp_path / "results").glob("sparse_conv_sweep_*"):
+        file.unlink()
+    monkeypatch.setattr(script, "PAGE", copy)
+    monkeypatch.setattr(script, "SWEEP", tmp_path / script.SWEEP.name)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparse_conv_page", *arguments])
+        return script.main()
+
+    return types.SimpleNamespace(run=run, page=copy, sweep=script.SWEEP, results=results.RESULTS)
+
+
+def test_pages_without_sweeps_say_nothing_of_them(pages, capsys):
+    pages.run()
+    assert pages.run("--check") == 0
+    text = pages.page.read_text()
+    begin = text.index("<!-- benchmarks/sparse_conv_page.py writes sweep -->")
+    assert text[begin:].splitlines()[1:5] == ["", "", "", "<!-- until here -->"]
+    assert not pages.sweep.exists()
+    assert "sparse_convolutions_sweep.md" not in text
+    pages.sweep.write_text("of results that are gone")
+    assert pages.run("--check") == 1
+    assert "sparse_convolutions_sweep.md differs" in capsys.readouterr().out
+    assert pages.run() == 0
+    assert not pages.sweep.exists()
+
+
+def test_pages_show_every_conv_of_a_sweep_and_who_wins(pages):
+    for op in ("weight_gradient", "forward"):
+        file = pages.results / f"sparse_conv_sweep_{op}_h200.json"
+        file.write_text(json.dumps(synthetic(op, RATIOS)))
+    assert pages.run("--check") == 1
+    assert pages.run() == pages.run("--check") == 0
+    text = pages.sweep.read_text()
+    lines = text.splitlines()
+    gradient, forward = (
+        lines.index(f"## {title}")
+        for title in (
+            "The weight gradient from packed activations", "Forward with single weights",
+        )
+    )  # fmt: skip
+    gradient, forward = lines[gradient:forward], lines[forward:]
+    assert not [line for line in lines if "input's gradient" in line]
+    assert [line for line in gradient if line.startswith("### ")] == [
+        f"### The weight gradient from packed activations: {name}"
+        for name in ("ResNet-50", "ResNet-18", "VGG-16")
+    ]
+    assert (
+        "| conv | layers | cuDNN | unpack | here | floor | 70% | 80% | 90% | 95% | 98% |"
+    ) in gradient
+    # A ratio of 1 is no win, what is rounded to it may be one.
+    (row,) = (line for line in gradient if "8->8 " in line)
+    assert row == (
+        "| 1x1 8->8 @4 | 2 | 1.500 | 3.000 | 2.000 | 0.500 | 0.25 (0.50) | 0.50 (1.00) "
+        "| 0.75 (**1.50**) | 1.00 (**2.00**) | **1.00** (**2.01**) |"
+    )
+    assert "| 1x1 8->24 @4 | 4 | 0.750 | 0.375 | 2.000 | 0.500 |" in "\n".join(forward)
+    counted = (
+        "Weight gradient, bfloat16: the kernels are faster than cuDNN from dense activations in "
+        "2 of 4 convs at 90% zeros, in 1 at 70% and in 3 at 98%; than unpacking and cuDNN in 3, "
+        "1 and 4. Dense tensor cores (cuDNN from dense activations) win in 2 at 90%, and in 1 at "
+        "98%. 3 convs are not taken. 1 could not be measured."
+    )
+    assert counted in gradient
+    assert (
+        "Dense tensor cores (cuDNN with TensorFloat-32) win in 4 at 90%, and in 2 at 98%."
+    ) in "\n".join(forward)
+    vgg = "Faster at 90%: 1 of 2 than cuDNN from dense activations and 2 of 2 than unpacking"
+    assert vgg in "\n".join(gradient)
+    assert "Not taken: 3x3/2 8->64 @32, 1x1/2 8->64 @32: strides." in gradient
+    assert "Failed: 1x1 9->9 @9: out of memory." in gradient
+
+    page = pages.page.read_text()
+    assert "[each](sparse_convolutions_sweep.md)" in page
+    assert "| weight gradient, bfloat16 | unpacking and cuDNN | 4 | 1 | 1 | 3 | 3 | 4 |" in page
+    assert "| forward, float32 | cuDNN in true float32 | 4 | 1 | 1 | 2 | 2 | 3 |" in page
+    assert counted in page
