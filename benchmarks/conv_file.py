@@ -19,8 +19,7 @@ ROWS = ("convs", "failed", "refused", "rounds")
 def begin(path: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of a new file, or of the one that is there, to be gone on with.
 
-    Rates that floors are computed with stay what they were in the file, and its date is that of
-    the last run.
+    Rates that floors are computed with stay what they were in the file.
 
     Args:
       path: of the file, if there is to be one.
@@ -35,7 +34,7 @@ def begin(path: str | None, facts: Mapping[str, Any]) -> dict[str, Any]:
                 f"{path}: {key} is {found.get(key)} there, and {facts[key]} here; "
                 "give another --output"
             )
-    return {**found, "date": facts["date"]}
+    return found
 
 
 def of_problems(

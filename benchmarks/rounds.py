@@ -74,7 +74,8 @@ class Processes:
         workers = [self._workers[number] for number in range(len(tasks))]
         for worker, task in zip(workers, tasks, strict=True):
             worker.ask(json.dumps(task))
-        answers = [worker.answer() for worker in workers]
+        # Each may have to wait until all others have tried algorithms.
+        answers = [worker.answer(turns=len(workers)) for worker in workers]
         for number, worker in enumerate(workers):
             if not worker.error:
                 worker.ask("measure")

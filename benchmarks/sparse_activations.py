@@ -27,7 +27,7 @@ from turn import Turn
 from swat_jax import kernels, sparse_convolution
 from swat_jax.sparse_convolution import Cut
 from swat_jax.sparsity import packing, top_k
-from swat_jax.timing import timer
+from swat_jax.timing import Timer
 from swat_jax.trial import relative_error
 
 OP = "weight_gradient"
@@ -77,7 +77,7 @@ def measure(
 
     def no_values(zero: jax.Array) -> Any:
         # An operand, so that XLA does not compute all of it while it compiles.
-        return packing.pack(jnp.full(shape, zero, jnp.bfloat16), 1.0, 8)
+        return kernels.pack(jnp.full(shape, zero, jnp.bfloat16), jnp.float32(1), 8)
 
     def dense(x: Any, dy: Any) -> Any:
         return jax.linear_transpose(lambda value: conv(x, value), kernel)(dy)[0]
@@ -96,13 +96,13 @@ def measure(
 
     make, make_none = Program(operands, count), Program(no_values, count)
     compare = Program(lambda a, b: relative_error(a, b.astype(jnp.float32)), gradient, expected)
-    of_dense, of_unpacked = timer(dense), timer(unpacked)
+    of_dense, of_unpacked = Timer(dense), Timer(unpacked)
     of_dense.lower(x, dy)
     of_unpacked.lower(packed, limit, dy)
-    of_nothing = timer(functools.partial(sparse, chosen))
+    of_nothing = Timer(functools.partial(sparse, chosen))
     of_nothing.lower(jax.eval_shape(no_values, count), limit, dy)
     of_cuts = {
-        cut.name: timer(functools.partial(sparse, cut))
+        cut.name: Timer(functools.partial(sparse, cut))
         for cut in ((chosen, *others) if every_tile else (chosen,))
     }
     for of_cut in of_cuts.values():

@@ -17,14 +17,15 @@ the reason (`refused`).
 
 Compiling takes most of the time. With `--jobs` several processes do so at once, and when all have
 compiled for a conv they time their programs one after the other, alone on the GPU. XLA tries
-algorithms on the GPU while it compiles cuDNN's convs, and one process at a time does that; with
-`--trying` several, which is faster, but may leave cuDNN with an algorithm that is not its best.
-Operands are made when they are timed, and given back before the next process does; every process
-has its share of the GPU's memory from its start.
+algorithms on the GPU while it compiles cuDNN's convs, and one process at a time does that, or cuDNN
+might be left with an algorithm that is not its best. Operands are made when they are timed, and
+given back before the next process does; every process has its share of the GPU's memory from its
+start.
 
 The file is written after each round (a conv for every process). A run that finds it there goes on
-with the convs that are missing or failed, if device, versions and settings are the same. With
-`--seconds` it ends after the round during which that time is over.
+with the convs that are missing or failed, if device, versions and settings are the same; to measure
+anew, give another file or remove it. With `--seconds` it ends after the round during which that
+time is over.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.metadata
 import math
 import os
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
@@ -50,53 +51,57 @@ import rounds
 import sparse_activations
 import sparse_weights
 from convs import NETWORKS, Problem, problems
+from rates import device_rates
 from turn import Turn
 from worker import Worker
 
 from swat_jax import kernels, native
-from swat_jax.timing import COUNT, REPEATS, milliseconds, timer
+from swat_jax.timing import Timer
 
-# Of the GPU's memory, for all processes. The rest is for what is not of JAX's pool: contexts, and
-# what XLA tries algorithms with.
+# Of the GPU's memory, for all processes. The rest is for their contexts.
 MEMORY = 0.8
-
-
-def copy_rate(values: int) -> float:
-    """Bytes per millisecond that a device-to-device copy reads and writes."""
-    x = jnp.zeros(values, jnp.bfloat16)
-    found = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        jax.block_until_ready([jnp.array(x, copy=True) for _ in range(COUNT)])
-        found.append((time.perf_counter() - start) * 1e3 / COUNT)
-    return 4 * values / statistics.median(found[1:])
-
-
-def product_rate(size: int) -> float:
-    """Operations per millisecond of a product of bfloat16 matrices."""
-    a = jnp.ones((size, size), jnp.bfloat16)
-    return 2 * size**3 / milliseconds(jnp.matmul, a, a)
+# Who says how much of it a process takes, if the user does.
+SHARES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 
 
 def facts(options: argparse.Namespace) -> dict[str, Any]:
     """On what is measured, and how."""
-    large = jax.default_backend() == "gpu"
+    copies, products = device_rates()
     return {
         "date": datetime.date.today().isoformat(),
         "device": jax.devices()[0].device_kind,
         "backend": kernels.backend(),
         "library": dict(native.load().build_info),
-        "versions": {"jax": jax.__version__},
+        "versions": {"jax": jax.__version__, **cudnn()},
         "op": options.op,
         "dtype": options.dtype,
-        "settings": {
-            "sparsity": options.sparsity,
-            "tiles": options.tiles,
-            "granularity": options.granularity,
-            "trying": options.trying,
-        },
-        "copy_gb_per_s": copy_rate(2**27 if large else 2**16) / 1e6,
-        "product_tflop_per_s": product_rate(8192 if large else 64) / 1e9,
+        "copy_gb_per_s": copies / 1e6,
+        "product_tflop_per_s": products / 1e9,
+    }
+
+
+def cudnn() -> dict[str, str]:
+    """The version of cuDNN's package, if it is one."""
+    names = ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+    found = {}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Which convs are measured, and what of them."""
+    is_weights = options.op in sparse_weights.OPS
+    networks = ["imagenet_resnet50", "wrn16_8"] if is_weights else ["imagenet_resnet50"]
+    return {
+        "networks": options.networks or (list(NETWORKS) if options.all else networks),
+        "every_window": options.all or is_weights,
+        "batch": options.batch,
+        "first": options.first,
+        "sparsity": options.sparsity,
+        "tiles": options.tiles,
+        "granularity": options.granularity,
     }
 
 
@@ -107,7 +112,7 @@ def preparing(options: argparse.Namespace, lock: str | None = None) -> rounds.Pr
       options: the command line.
       lock: file that processes lock by turns, if there are several.
     """
-    turn, of_idle = Turn(lock), timer(None)
+    turn, of_idle = Turn(lock), Timer(None)
     of_idle.lower()
     of_idle.compile()
 
@@ -141,17 +146,17 @@ def processes(options: argparse.Namespace, folder: pathlib.Path) -> rounds.Proce
     """
     command = [
         *(sys.executable, __file__, "--op", options.op, "--dtype", options.dtype),
-        *("--granularity", options.granularity, "--trying", str(options.trying)),
+        *("--granularity", options.granularity),
         *("--sparsity", *map(str, options.sparsity), *(("--tiles",) if options.tiles else ())),
     ]
-    environment = {"XLA_CLIENT_MEM_FRACTION": f"{MEMORY / options.jobs:.3f}", **os.environ}
+    command += ["--worker", str(folder / "lock")]
+    environment = dict(os.environ)
+    if not any(name in environment for name in SHARES):
+        environment[SHARES[0]] = f"{MEMORY / options.jobs:.3f}"
 
     def start(number: int) -> Worker:
-        lock = folder / f"lock{number % options.trying}"
-        return Worker(
-            f"process {number}", [*command, "--worker", str(lock)], environment,
-            folder / f"{number}.log", options.timeout,
-        )  # fmt: skip
+        log = folder / f"{number}.log"
+        return Worker(f"process {number}", command, environment, log, options.timeout)
 
     return rounds.Processes(start, options.jobs)
 
@@ -186,9 +191,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--first", type=int, help="only so many shapes")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile at once")
     parser.add_argument(
-        "--trying", type=int, default=1, help="of these, how many try algorithms on the GPU at once"
+        "--timeout",
+        type=float,
+        default=600,
+        help="seconds that compiling or timing a conv may take",
     )
-    parser.add_argument("--timeout", type=float, default=600, help="seconds without an answer")
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="end after the round that passes it"
     )
@@ -197,8 +204,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.op == sparse_activations.OP and options.dtype != "bfloat16":
         parser.error(f"{options.op} is measured in bfloat16")
-    if min(options.jobs, options.trying) < 1:
-        parser.error("--jobs and --trying are 1 or more")
+    if options.jobs < 1:
+        parser.error("--jobs is 1 or more")
     return options
 
 
@@ -213,30 +220,26 @@ def run(options: argparse.Namespace, team: rounds.Team) -> None:
     (told,) = team.round([{}])
     if "error" in told:
         sys.exit(told["error"])
-    found = conv_file.begin(options.output, told["found"])
+    chosen = settings(options)
+    found = conv_file.begin(options.output, {**told["found"], "settings": chosen})
     rates = (found["copy_gb_per_s"] * 1e6, found["product_tflop_per_s"] * 1e9)
     print(
         f"{found['device']}, {found['backend']}: copy {rates[0] / 1e6:.0f} GB/s, product "
         f"{rates[1] / 1e9:.0f} TFLOP/s"
     )
-    is_weights = options.op in sparse_weights.OPS
-    networks = ["imagenet_resnet50", "wrn16_8"] if is_weights else ["imagenet_resnet50"]
-    networks = options.networks or (list(NETWORKS) if options.all else networks)
-    every = problems(networks, options.all or is_weights, options.batch)
-    if is_weights:
+    every = problems(chosen["networks"], chosen["every_window"], chosen["batch"])
+    measured = sparse_activations
+    if options.op in sparse_weights.OPS:
+        measured = sparse_weights
         every.sort(key=lambda one: not sparse_weights.is_mark(one))
     refused = {problem: reason for problem in every if (reason := refusal(problem, options))}
-    known = {Problem.of(row) for row in found["refused"]}
-    for problem in refused.keys() - known:
-        found["refused"].append(row_of(problem, reason=refused[problem]))
-    found["refused"] = conv_file.of_problems(found["refused"], every)
+    found["refused"] = [row_of(problem, reason=refused[problem]) for problem in refused]
     done = {Problem.of(row) for row in found["convs"]}
-    chosen = [problem for problem in every if problem not in refused][: options.first]
-    left = [problem for problem in chosen if problem not in done]
-    found["left"] = len(left)
-    found["failed"] = [row for row in found["failed"] if Problem.of(row) not in left]
-    print(f"{len(left)} convs, {len(chosen) - len(left)} are in the file, {len(refused)} refused")
-    print((sparse_weights if is_weights else sparse_activations).HEADER)
+    taken = [problem for problem in every if problem not in refused][: options.first]
+    left = [problem for problem in taken if problem not in done]
+    found["left"], found["failed"] = len(left), []  # what failed is tried again
+    print(f"{len(left)} convs, {len(done)} are in the file, {len(refused)} refused")
+    print(measured.HEADER)
 
     def write() -> None:
         if options.output:
@@ -249,15 +252,16 @@ def run(options: argparse.Namespace, team: rounds.Team) -> None:
         took = []
         for problem, told in zip(group, answers, strict=True):
             if "error" in told:
-                found["failed"].append(row_of(problem, **told))
-                print(f"{problem.network} {problem.name}: {told['error']}", file=sys.stderr)
+                found["failed"].append(row_of(problem, error=told["error"]))
+                name = f"{problem.network} {problem.name}"
+                print(*told["stderr"], f"{name}: {told['error']}", sep="\n", file=sys.stderr)
                 continue
             rows = told.pop("found")
             found["convs"] += rows
+            found["date"] = datetime.date.today().isoformat()
             took.append({"network": problem.network, "name": problem.name, **told})
             for row in rows:
-                told_lines = (sparse_weights if is_weights else sparse_activations).lines(row)
-                print(*told_lines, sep="\n", flush=True)
+                print(*measured.lines(row), sep="\n", flush=True)
         found["rounds"].append(took)
         found["convs"] = conv_file.of_problems(found["convs"], every)
         found["left"] -= len(group)

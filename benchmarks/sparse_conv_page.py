@@ -15,10 +15,10 @@ from typing import Any
 
 import marked
 import results
-import sparse_conv_sweep
+import sparse_conv_sweep_page
 
 PAGE = results.ROOT / "docs/sparse_convolutions.md"
-SWEEP = PAGE.with_name(sparse_conv_sweep.PAGE)
+SWEEP = PAGE.with_name(sparse_conv_sweep_page.PAGE)
 BEGIN = "<!-- benchmarks/sparse_conv_page.py writes {} -->\n"
 SPARSITIES = (70, 80, 90)
 SINGLE_WEIGHTS = ("forward", "input_gradient", "forward_resnet50")
@@ -169,12 +169,12 @@ def vectors() -> list[str]:
 
 def sweep() -> list[str]:
     """In how many of all convs the kernels are faster."""
-    return sparse_conv_sweep.summary()
+    return sparse_conv_sweep_page.summary()
 
 
 def update_sweep(*, check: bool, stale: str) -> int:
     """Writes the page of all convs, or takes it away; see `marked.update`."""
-    new = sparse_conv_sweep.page()
+    new = sparse_conv_sweep_page.page()
     old = SWEEP.read_text(encoding="utf-8") if SWEEP.exists() else ""
     if check and new != old:
         print(stale)

@@ -32,11 +32,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from convs import NETWORKS, Problem, problems
-from sparse_conv import copy_rate, product_rate
+from rates import device_rates
 
 from swat_jax import kernels, native, vector_convolution
 from swat_jax.kernels.vector import shared_room, vector_lists, vector_options
-from swat_jax.timing import milliseconds, timer
+from swat_jax.timing import Timer, milliseconds
 from swat_jax.trial import relative_error
 from swat_jax.vector_convolution import VECTORS, Cut
 
@@ -97,7 +97,7 @@ def measure(
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.jit(lambda: jax.nn.relu(jax.random.normal(keys[0], shape, jnp.bfloat16)))()
     full = jax.random.normal(keys[1], kernel_shape).astype(jnp.bfloat16)
-    of_dense = timer(conv)
+    of_dense = Timer(conv)
     dense_ms = of_dense(x, full)[0] - idle
     chosen = name_of(cuts(problem, every=False)[0])
     for vector in vectors:
@@ -106,7 +106,7 @@ def measure(
         op = functools.partial(kernels.sparse_conv_vector_forward, conv=conv, vector=vector)
         timers = {
             name_of(cut): (
-                timer(functools.partial(op, cut=cut)), lists_timer(problem, vector, cut)
+                Timer(functools.partial(op, cut=cut)), lists_timer(problem, vector, cut)
             )
             for cut in cuts(problem, every_cut)
         }  # fmt: skip
@@ -146,7 +146,7 @@ def lists_timer(problem: Problem, vector: int, cut: Cut) -> Callable[[jax.Array]
     if kernels.backend() != "cuda":
         return lambda _: 0.0
     options = vector_options(problem.conv, *problem.shapes[:2], vector, cut)
-    of_lists = timer(lambda one: vector_lists(one, vector, cut, options)[0])
+    of_lists = Timer(lambda one: vector_lists(one, vector, cut, options)[0])
     return lambda kernel: of_lists(kernel)[0]
 
 
@@ -175,8 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", help="JSON file to write")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
-    large = jax.default_backend() == "gpu"
-    rates = (copy_rate(2**27 if large else 2**16), product_rate(8192 if large else 64))
+    rates = device_rates()
     idle = milliseconds(None)
     found: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),

@@ -28,7 +28,7 @@ from swat_jax import kernels, sparse_conv_direct
 from swat_jax.sparse_conv_direct import Cut
 from swat_jax.sparsity import compact, top_k
 from swat_jax.sparsity.granularity import masked_weights, units, weight_threshold
-from swat_jax.timing import timer
+from swat_jax.timing import Timer
 from swat_jax.trial import relative_error
 
 OPS = ("forward", "input_gradient")
@@ -142,11 +142,11 @@ def measure(
         lambda a, b: relative_error(a, b.astype(jnp.float32)),
         jax.eval_shape(functools.partial(sparse, chosen), values, kernel), expected,
     )  # fmt: skip
-    of_cuts = {name: timer(functools.partial(sparse, cut)) for name, cut in cuts.items()}
-    of_dense, of_compact = timer(dense), timer(compacted)
+    of_cuts = {name: Timer(functools.partial(sparse, cut)) for name, cut in cuts.items()}
+    of_dense, of_compact = Timer(dense), Timer(compacted)
     # Without TensorFloat-32 the other types have one product only.
     has_tf32 = jnp.dtype(dtype) == jnp.float32
-    of_tf32 = [timer(functools.partial(product, None))] if has_tf32 else []
+    of_tf32 = [Timer(functools.partial(product, None))] if has_tf32 else []
     for of_product in (of_dense, *of_tf32, *of_cuts.values()):
         of_product.lower(values, kernel)
     of_compact.lower(kernel)
@@ -168,6 +168,7 @@ def measure(
                 del found  # large, and there may be many cuts
             products = problem.operations / 2 * keep / units(weights, granularity)
             moved = values.dtype.itemsize * sum(map(math.prod, problem.shapes))
+            floors = (moved / copy_rate, loads * products / SHARED_RATE)
             yield {
                 **dataclasses.asdict(problem),
                 "name": problem.name,
@@ -184,7 +185,8 @@ def measure(
                 "bytes": moved,
                 "products": products,
                 "error": float(error),
-                "floor_ms": max(moved / copy_rate, loads * products / SHARED_RATE),
+                "floor_ms": max(floors),
+                "floor_is": "bytes" if floors[0] > floors[1] else "loads",
             }
             del values, kernel, expected  # before the next ones are made
 

@@ -62,17 +62,26 @@ class Worker:
             self._process.stdin.write(f"{line}\n")
             self._process.stdin.flush()
 
-    def answer(self) -> dict[str, Any]:
-        """The next line that is an answer; else nothing, and `error` says why there is none."""
+    def answer(self, turns: int = 1) -> dict[str, Any]:
+        """The next line that is an answer; else nothing, and `error` says why there is none.
+
+        Args:
+          turns: how many processes may have to work one after the other until it comes.
+        """
+        timeout = turns * self.timeout
         try:
-            while line := self._lines.get(timeout=self.timeout):
-                if line.startswith("{"):
-                    return json.loads(line)
-            self._process.wait()
+            while line := self._lines.get(timeout=timeout):
+                with contextlib.suppress(json.JSONDecodeError):
+                    if isinstance(found := json.loads(line), dict):
+                        return found
+            code = self._process.wait(timeout=20)
             errors = [line for line in self.printed() if "Error" in line]
-            self.error = [f"exit code {self._process.returncode}", *errors][-1][:500]
+            self.error = [f"exit code {code}", *errors][-1][:500]
         except queue.Empty:
-            self.error = f"no answer in {self.timeout} s"
+            self.error = f"no answer in {timeout} s"
+            self.close()
+        except subprocess.TimeoutExpired:
+            self.error = "it says nothing more, and does not end"
             self.close()
         print(f"{self.name}: {self.error}", file=sys.stderr)
         return {}

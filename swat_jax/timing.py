@@ -33,29 +33,23 @@ def timed(call: Callable[..., jax.Array] | None, *operands: Any) -> tuple[float,
         taken off the time of others.
       operands: pytrees of arrays.
     """
-    return timer(call)(*operands)
-
-
-def timer(call: Callable[..., jax.Array] | None) -> Timer:
-    """`timed` for operands that are given later; it compiles once for all of the same shapes.
-
-    Example:
-      >>> double = timer(lambda x: x + x)
-      >>> [float(double(jnp.ones(8) * one)[1][0]) for one in (1, 2)]
-      [2.0, 4.0]
-    """
-    return Timer(call)
+    return Timer(call)(*operands)
 
 
 class Timer:
-    """What `timer` makes. It compiles at its first call, or ahead of it, for shapes alone.
+    """`timed` for operands that are given later; it compiles once for all of the same shapes.
+
+    It does so at its first call, or ahead of it, for shapes alone.
+
+    Args:
+      call: as `timed` takes it.
 
     Example:
-      >>> double = timer(lambda x: x + x)
+      >>> double = Timer(lambda x: x + x)
       >>> double.lower(jax.ShapeDtypeStruct((8,), jnp.float32))
       >>> double.compile()
-      >>> float(double(jnp.ones(8))[1][0])
-      2.0
+      >>> [float(double(jnp.ones(8) * one)[1][0]) for one in (1, 2)]
+      [2.0, 4.0]
     """
 
     def __init__(self, call: Callable[..., jax.Array] | None) -> None:

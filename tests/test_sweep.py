@@ -108,7 +108,7 @@ def test_a_process_that_ends_or_hangs_is_the_failure_of_its_task_alone(team, cap
     team.workers[1].timeout = 1
     second = team.round(tasks("", "hangs", ""))
     assert [one.get("found", {}).get("name") for one in second] == ["task0", None, "task2"]
-    assert second[1]["error"] == "no answer in 1 s"
+    assert second[1]["error"] == "no answer in 3 s"  # one for each that may try before it
     assert team.round(tasks("", ""))[1]["found"]["name"] == "task1"
     assert [one.name[-1] for one in team.workers] == ["0", "1", "2", "0", "2", "1"]
     assert "process 0: ValueError" in capsys.readouterr().err
@@ -167,7 +167,7 @@ def test_several_processes_measure_what_one_does(small, tmp_path, capsys):
     (failed,) = two["failed"]
     assert (failed["name"], failed["result"]) == ("1x1 16->8 @4", [3, 3])
     assert "Error" in failed["error"]
-    assert any("Error" in line for line in failed["stderr"])
+    assert "stderr" not in failed  # which names places on a machine
     (refused,) = two["refused"]
     assert refused["name"] == "3x3 3->8 @4"
     assert refused["reason"] == "3 input and 8 output channels are not both multiples of 8"
@@ -178,12 +178,14 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(small, tmp_path, capsys):
     output, op = tmp_path / "found.json", ("--op", "input_gradient", "--dtype", "float32")
     cut = small(output, *op, "--seconds", "0")
     assert len(told(cut)) == 2
-    # What failed is tried again; what is about other convs stays.
-    failed = [{**row, "stride": 2} for row in cut["refused"]]
-    failed.append({**cut["refused"][0], "window": [3, 3], "channels": [8, 8]})
-    output.write_text(json.dumps({**cut, "failed": failed}))
+    assert cut["left"] == 1
+    # What failed is tried again.
+    failed = [{**cut["refused"][0], "window": [3, 3], "channels": [8, 8]}]
+    output.write_text(json.dumps({**cut, "failed": failed, "date": "2020-02-02"}))
     whole = small(output, *op)
-    assert whole["failed"] == failed[:1]
+    assert whole["failed"] == []
+    assert whole["left"] == 0
+    assert whole["date"] > "2020-02-02"
     assert whole["convs"][:2] == cut["convs"]
     assert [row[0] for row in told(whole)] == ["1x1 8->16 @4"] * 2 + ["3x3 8->8 @4"] * 2
     assert whole["copy_gb_per_s"] == cut["copy_gb_per_s"]
@@ -191,7 +193,13 @@ def test_a_run_that_is_cut_off_goes_on_where_it_was(small, tmp_path, capsys):
     assert "1 convs, 1 are in the file" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
 
+    # Where nothing is left to measure, nothing is as if it were new.
+    output.write_text(json.dumps({**whole, "date": "2020-02-02"}))
+    assert small(output, *op)["date"] == "2020-02-02"
+
     before = output.read_text()
+    with pytest.raises(SystemExit, match=r"settings is .* give another --output"):
+        small(output, *op, "--first", "1")
     with pytest.raises(SystemExit, match=r"settings is .* give another --output"):
         small(output, *op, "--tiles")
     with pytest.raises(SystemExit, match="op is input_gradient there, and forward here"):
@@ -212,6 +220,7 @@ def synthetic(op, ratios):
                     "network": network, "name": f"1x1 8->{8 * number} @4", "layers": number + 1,
                     "sparsity": sparsity, "sparse_ms": 2.0, "dense_ms": 2 * ratio,
                     "unpack_ms": 4 * ratio, "tf32_ms": ratio, "floor_ms": 0.5,
+                    "floor_is": "bytes",
                 }
             )  # fmt: skip
     refused = [
@@ -222,8 +231,8 @@ def synthetic(op, ratios):
     failed = [{"network": "resnet18", "name": "1x1 9->9 @9", "error": "out of memory"}]
     return {
         "date": "2026-12-01", "device": "NVIDIA H200", "versions": {"jax": "1"}, "op": op,
-        "dtype": "some type", "copy_gb_per_s": 3600.0, "convs": convs, "refused": refused,
-        "failed": failed, "left": 0,
+        "dtype": "bfloat16" if op == "weight_gradient" else "float32", "copy_gb_per_s": 3600.0,
+        "convs": convs, "refused": refused, "failed": failed, "left": 0,
     }  # fmt: skip
 
 
@@ -296,19 +305,21 @@ def test_pages_show_every_conv_of_a_sweep_and_who_wins(pages):
     # A ratio of 1 is no win, what is rounded to it may be one.
     (row,) = (line for line in gradient if "8->8 " in line)
     assert row == (
-        "| 1x1 8->8 @4 | 2 | 1.500 | 3.000 | 2.000 | 0.500 | 0.25 (0.50) | 0.50 (1.00) "
+        "| 1x1 8->8 @4 | 2 | 1.500 | 3.000 | 2.000 | 0.500 b | 0.25 (0.50) | 0.50 (1.00) "
         "| 0.75 (**1.50**) | 1.00 (**2.00**) | **1.00** (**2.01**) |"
     )
-    assert "| 1x1 8->24 @4 | 4 | 0.750 | 0.375 | 2.000 | 0.500 |" in "\n".join(forward)
+    assert "| 1x1 8->24 @4 | 4 | 0.750 | 0.375 | 2.000 | 0.500 b |" in "\n".join(forward)
     counted = (
         "Weight gradient, bfloat16: the kernels are faster than cuDNN from dense activations in "
         "2 of 4 convs at 90% zeros, in 1 at 70% and in 3 at 98%; than unpacking and cuDNN in 3, "
-        "1 and 4. Dense tensor cores (cuDNN from dense activations) win in 2 at 90%, and in 1 at "
-        "98%. 3 convs are not taken. 1 could not be measured."
+        "1 and 4. Dense tensor cores (cuDNN from dense activations) win in 2 at 90% "
+        "(1 of 1 of ResNet-50, 0 of 1 of ResNet-18, 1 of 2 of VGG-16), and in 1 at 98%. "
+        "Convs that are not taken: 3. Convs that are not measured, since it failed: 1."
     )
     assert counted in gradient
     assert (
-        "Dense tensor cores (cuDNN with TensorFloat-32) win in 4 at 90%, and in 2 at 98%."
+        "Dense tensor cores (cuDNN with TensorFloat-32) win in 4 at 90% (1 of 1 of ResNet-50, "
+        "1 of 1 of ResNet-18, 2 of 2 of VGG-16), and in 2 at 98%."
     ) in "\n".join(forward)
     vgg = "Faster at 90%: 1 of 2 than cuDNN from dense activations and 2 of 2 than unpacking"
     assert vgg in "\n".join(gradient)
@@ -320,3 +331,18 @@ def test_pages_show_every_conv_of_a_sweep_and_who_wins(pages):
     assert "| weight gradient, bfloat16 | unpacking and cuDNN | 4 | 1 | 1 | 3 | 3 | 4 |" in page
     assert "| forward, float32 | cuDNN in true float32 | 4 | 1 | 1 | 2 | 2 | 3 |" in page
     assert counted in page
+
+
+def test_files_that_say_nothing_are_not_shown_and_those_of_something_else_refused(pages):
+    file = pages.results / "sparse_conv_sweep_forward_h200.json"
+    found = synthetic("forward", RATIOS)
+    file.write_text(json.dumps({**found, "convs": []}))
+    assert pages.run() == 0
+    assert not pages.sweep.exists()
+    file.write_text(json.dumps({**found, "dtype": "bfloat16"}))
+    with pytest.raises(SystemExit, match="is of forward in bfloat16, not forward, float32"):
+        pages.run()
+    convs = [row for row in found["convs"] if row["sparsity"] < 0.9]
+    file.write_text(json.dumps({**found, "convs": convs}))
+    with pytest.raises(SystemExit, match="nothing at a sparsity"):
+        pages.run()

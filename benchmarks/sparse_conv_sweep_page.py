@@ -7,6 +7,7 @@ They are made of those of `docs/results/sparse_conv_sweep_{op}_h200.json` that a
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ PAGE = "sparse_convolutions_sweep.md"
 HEADING = "Every conv of six networks"
 # The sparsity at which milliseconds are shown.
 SHOWN = 0.9
-INTRODUCTION = results.ROOT / "benchmarks/texts/sparse_conv_sweep.md"
+INTRODUCTION = results.ROOT / "benchmarks/texts/sparse_conv_sweep_page.md"
 Row = Mapping[str, Any]
 
 
@@ -45,17 +46,22 @@ class Op:
 
     Attributes:
       key: of `benchmarks/sparse_conv.py --op`.
+      dtype: what the page is about.
       title: of its part of the page.
-      name: in a table, with the type that it was measured in.
       rivals: what it is compared with, all of it in the same run.
       tensor_cores: which of them computes with dense operands on tensor cores.
     """
 
     key: str
+    dtype: str
     title: str
-    name: str
     rivals: tuple[Rival, Rival]
     tensor_cores: Rival
+
+    @property
+    def name(self) -> str:
+        """In a table."""
+        return f"{self.key.replace('_', ' ')}, {self.dtype}"
 
 
 DENSE = Rival("dense", "cuDNN", "cuDNN from dense activations")
@@ -64,14 +70,12 @@ FLOAT32 = Rival("dense", "cuDNN", "cuDNN in true float32")
 TF32 = Rival("tf32", "TF32", "cuDNN with TensorFloat-32")
 OPS = (
     Op(
-        "weight_gradient", "The weight gradient from packed activations",
-        "weight gradient, bfloat16", (DENSE, UNPACK), DENSE,
+        "weight_gradient", "bfloat16", "The weight gradient from packed activations",
+        (DENSE, UNPACK), DENSE,
     ),
+    Op("forward", "float32", "Forward with single weights", (FLOAT32, TF32), TF32),
     Op(
-        "forward", "Forward with single weights", "forward, float32", (FLOAT32, TF32), TF32,
-    ),
-    Op(
-        "input_gradient", "The input's gradient with single weights", "input gradient, float32",
+        "input_gradient", "float32", "The input's gradient with single weights",
         (FLOAT32, TF32), TF32,
     ),
 )  # fmt: skip
@@ -106,6 +110,10 @@ class Sweep:
         """In how many convs the kernel is faster."""
         return sum(rival.ratio(conv[sparsity]) > 1 for conv in self.convs(network))
 
+    def losses(self, rival: Rival, sparsity: float, network: str | None = None) -> int:
+        """In how many convs it is slower."""
+        return sum(rival.ratio(conv[sparsity]) < 1 for conv in self.convs(network))
+
     def others(self, kind: str, why: str, network: str) -> dict[str, list[str]]:
         """Convs of a network without figures, by the reason."""
         found: dict[str, list[str]] = {}
@@ -116,10 +124,26 @@ class Sweep:
 
 
 def sweeps() -> list[Sweep]:
-    """Those of which there is a file."""
-    names = {op: f"sparse_conv_sweep_{op.key}_h200" for op in OPS}
-    files = ((op, name, results.RESULTS / f"{name}.json") for op, name in names.items())
-    return [Sweep(op, results.read(name)) for op, name, file in files if file.exists()]
+    """Those of which there is a file with figures.
+
+    Raises:
+      SystemExit: a file is of another op or type, or lacks what is shown.
+    """
+    sweeps = []
+    for op in OPS:
+        name = f"sparse_conv_sweep_{op.key}_h200"
+        if not (results.RESULTS / f"{name}.json").exists():
+            continue
+        found = results.read(name)
+        if (found["op"], found["dtype"]) != (op.key, op.dtype):
+            sys.exit(f"{name}.json is of {found['op']} in {found['dtype']}, not {op.name}")
+        if not found["convs"]:
+            continue
+        sweep = Sweep(op, found)
+        if SHOWN not in sweep.sparsities:
+            sys.exit(f"{name}.json has nothing at a sparsity of {SHOWN}")
+        sweeps.append(sweep)
+    return sweeps
 
 
 def summary() -> list[str]:
@@ -165,20 +189,27 @@ def sentence(sweep: Sweep) -> str:
     first, second = sweep.op.rivals
     count, (least, most) = len(sweep.convs()), (sweep.sparsities[0], sweep.sparsities[-1])
     dense = sweep.op.tensor_cores
-    lost = {one: count - sweep.wins(dense, one) for one in (SHOWN, most)}
+    where = ", ".join(
+        f"{sweep.losses(dense, SHOWN, one)} of {len(sweep.convs(one))} of {_name(one)}"
+        for one in sweep.networks
+        if sweep.convs(one)
+    )
     text = (
         f"{sweep.op.name.capitalize()}: the kernels are faster than {first.name} "
         f"in {sweep.wins(first, SHOWN)} of {count} convs at {SHOWN:.0%} zeros, in "
         f"{sweep.wins(first, least)} at {least:.0%} and in {sweep.wins(first, most)} at "
         f"{most:.0%}; than {second.name} in {sweep.wins(second, SHOWN)}, "
         f"{sweep.wins(second, least)} and {sweep.wins(second, most)}. "
-        f"Dense tensor cores ({dense.name}) win in {lost[SHOWN]} at {SHOWN:.0%}, and in "
-        f"{lost[most]} at {most:.0%}."
+        f"Dense tensor cores ({dense.name}) win in {sweep.losses(dense, SHOWN)} at {SHOWN:.0%} "
+        f"({where}), and in {sweep.losses(dense, most)} at {most:.0%}."
     )
-    refused, failed = len(sweep.found["refused"]), len(sweep.found["failed"])
-    text += f" {refused} convs are not taken." if refused else ""
-    text += f" {failed} could not be measured." if failed else ""
-    return text + (f" {sweep.found['left']} are still to measure." if sweep.found["left"] else "")
+    others = {
+        "not taken": len(sweep.found["refused"]),
+        "not measured, since it failed": len(sweep.found["failed"]),
+        "still to measure": sweep.found["left"],
+    }
+    told = [f" Convs that are {what}: {number}." for what, number in others.items() if number]
+    return text + "".join(told)
 
 
 def part(sweep: Sweep) -> Iterator[str]:
@@ -216,7 +247,8 @@ def table(sweep: Sweep, network: str) -> Iterator[str]:
     for conv in convs:
         row = conv[SHOWN]
         ratios = (cell(rivals, conv[sparsity]) for sparsity in sweep.sparsities)
-        shown = (f"{row[f'{key}_ms']:.3f}" for key in keys)
+        shown = [f"{row[f'{key}_ms']:.3f}" for key in keys]
+        shown[-1] += f" {row['floor_is'][0]}"
         yield results.line_of(row["name"], row["layers"], *shown, *ratios)
 
 
