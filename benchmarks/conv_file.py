@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -43,10 +42,3 @@ def of_problems(
     """Rows in the order of problems; those of others come last."""
     places = {problem: place for place, problem in enumerate(problems)}
     return sorted(rows, key=lambda row: places.get(Problem.of(row), len(places)))
-
-
-def write(path: str, found: Mapping[str, Any]) -> None:
-    """Replaces the file at once, so that whoever is cut off leaves a whole one."""
-    new = pathlib.Path(f"{path}.new")
-    new.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(new, path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from swat_jax.convolution import Convolution
@@ -101,3 +101,10 @@ def problems(networks: Sequence[str], every: bool, batch: int | None = None) -> 
                 counts[problem] = counts.get(problem, 0) + 1
     found = [dataclasses.replace(one, layers=layers) for one, layers in counts.items()]
     return sorted(found, key=lambda one: (not one.is_mark, math.prod(one.window)))
+
+
+def lines_of_cuts(row: Mapping[str, Any]) -> Iterator[str]:
+    """A line with the times of all cuts of a kernel, the fastest first, where there are several."""
+    if len(row["cuts_ms"]) > 1:
+        best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
+        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)

@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from convs import Problem
+from convs import Problem, lines_of_cuts
 from programs import Program
 from turn import Turn
 
@@ -156,6 +156,4 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         f"{row['floor_ms']:8.4f} {row['dense_ms'] / row['sparse_ms']:6.2f} "
         f"{row['unpack_ms'] / row['sparse_ms']:6.2f} {row['cut']:>12} {row['error']:8.1e}"
     )
-    if len(row["cuts_ms"]) > 1:
-        best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
-        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)
+    yield from lines_of_cuts(row)

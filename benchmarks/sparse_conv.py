@@ -35,6 +35,7 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import json
 import math
 import os
 import pathlib
@@ -56,6 +57,7 @@ from turn import Turn
 from worker import Worker
 
 from swat_jax import kernels, native
+from swat_jax.files import replace_text
 from swat_jax.timing import Timer
 
 # Of the GPU's memory, for all processes. The rest is for their contexts.
@@ -148,8 +150,8 @@ def processes(options: argparse.Namespace, folder: pathlib.Path) -> rounds.Proce
         *(sys.executable, __file__, "--op", options.op, "--dtype", options.dtype),
         *("--granularity", options.granularity),
         *("--sparsity", *map(str, options.sparsity), *(("--tiles",) if options.tiles else ())),
+        *("--worker", str(folder / "lock")),
     ]
-    command += ["--worker", str(folder / "lock")]
     environment = dict(os.environ)
     if not any(name in environment for name in SHARES):
         environment[SHARES[0]] = f"{MEMORY / options.jobs:.3f}"
@@ -243,7 +245,7 @@ def run(options: argparse.Namespace, team: rounds.Team) -> None:
 
     def write() -> None:
         if options.output:
-            conv_file.write(options.output, found)
+            replace_text(pathlib.Path(options.output), json.dumps(found, indent=1) + "\n")
 
     write()
     for first in range(0, len(left), team.jobs):

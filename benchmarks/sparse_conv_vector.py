@@ -31,7 +31,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from convs import NETWORKS, Problem, problems
+from convs import NETWORKS, Problem, lines_of_cuts, problems
 from rates import device_rates
 
 from swat_jax import kernels, native, vector_convolution
@@ -158,9 +158,7 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         f"{row['floor_ms']:8.4f} {row['operations'] / row['sparse_ms'] / 1e9:5.0f} "
         f"{row['dense_ms'] / row['sparse_ms']:5.2f} {row['cut']:>15} {row['error']:8.1e}"
     )
-    if len(row["cuts_ms"]) > 1:
-        best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
-        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)
+    yield from lines_of_cuts(row)
 
 
 def main(arguments: list[str] | None = None) -> None:

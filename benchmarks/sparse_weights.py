@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from convs import Problem
+from convs import Problem, lines_of_cuts
 from jax import lax
 from programs import Program
 from turn import Turn
@@ -201,6 +201,4 @@ def lines(row: dict[str, Any]) -> Iterator[str]:
         f"{tf32:>8} {row['compact_ms']:8.4f} {row['sparse_ms']:8.4f} {row['floor_ms']:8.4f} "
         f"{row['dense_ms'] / row['sparse_ms']:6.2f} {row['cut']:>14} {row['error']:8.1e}"
     )
-    if len(row["cuts_ms"]) > 1:
-        best = sorted(row["cuts_ms"].items(), key=lambda one: one[1])
-        yield "    " + "  ".join(f"{name} {ms:.4f}" for name, ms in best)
+    yield from lines_of_cuts(row)
